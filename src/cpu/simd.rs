@@ -1,0 +1,610 @@
+//! Vectors of f32, one type a SIMD level, chosen at run time.
+//!
+//! A kernel is a [`Kernel`]: a struct of its arguments with a generic `run`. [`Level::dispatch`]
+//! compiles it once for every level inside of a function that has the level's instructions switched
+//! on. `run` and everything it calls must be `#[inline(always)]`, or it loses them; that includes
+//! closures.
+//!
+//! Results have the same bits on every machine of one level, but levels differ: the number of lanes
+//! is part of the order of a sum, and the portable level has no fused multiply-add.
+
+use half::bf16;
+use std::fmt;
+
+/// A SIMD level.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Level {
+    /// Plain arrays of 8; whatever the compiler makes of them.
+    Portable,
+    /// 8 lanes with fused multiply-add.
+    Avx2,
+    /// 16 lanes with fused multiply-add.
+    Avx512,
+    /// 4 lanes with fused multiply-add.
+    Neon,
+}
+
+impl fmt::Display for Level {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Level::Portable => "portable code",
+            Level::Avx2 => "AVX2",
+            Level::Avx512 => "AVX-512",
+            Level::Neon => "NEON",
+        })
+    }
+}
+
+impl Level {
+    /// The widest level of this machine.
+    pub fn detect() -> Self {
+        [Level::Avx512, Level::Avx2, Level::Neon]
+            .into_iter()
+            .find(|l| l.available())
+            .unwrap_or(Level::Portable)
+    }
+
+    /// Whether this machine has the level.
+    pub fn available(self) -> bool {
+        match self {
+            Level::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => true,
+            #[allow(unreachable_patterns)]
+            _ => false,
+        }
+    }
+
+    /// Runs a kernel with this level's vectors. The level must be available, which
+    /// [`super::Cpu`] sees to.
+    #[inline]
+    pub(crate) fn dispatch<K: Kernel>(self, kernel: K) -> K::Output {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: `Cpu` holds only levels that `available` affirmed.
+            Level::Avx2 => unsafe { x86::avx2(kernel) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            Level::Avx512 => unsafe { x86::avx512(kernel) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: NEON is part of the base of this architecture.
+            Level::Neon => unsafe { arm::neon(kernel) },
+            _ => kernel.run::<Portable>(),
+        }
+    }
+}
+
+/// A function that is generic over the SIMD level.
+pub(crate) trait Kernel {
+    /// What it returns.
+    type Output;
+    /// The body; mark it `#[inline(always)]`.
+    fn run<S: Simd>(self) -> Self::Output;
+}
+
+/// A vector of f32 of one level.
+///
+/// # Safety contract of the methods
+/// All of them are `unsafe`: the level's instructions must be available (they are inside of
+/// [`Level::dispatch`]), and pointers must be valid for the lanes they name.
+pub(crate) trait Simd: Copy {
+    /// Lanes of a vector.
+    const LANES: usize;
+    /// All lanes equal.
+    unsafe fn splat(x: f32) -> Self;
+    /// Reads `LANES` values.
+    unsafe fn load(p: *const f32) -> Self;
+    /// Reads `LANES` values of bf16 and widens them.
+    unsafe fn load_bf16(p: *const bf16) -> Self;
+    /// Writes `LANES` values.
+    unsafe fn store(self, p: *mut f32);
+    /// `self + b`.
+    unsafe fn add(self, b: Self) -> Self;
+    /// `self - b`.
+    unsafe fn sub(self, b: Self) -> Self;
+    /// `self * b`.
+    unsafe fn mul(self, b: Self) -> Self;
+    /// `self / b`.
+    unsafe fn div(self, b: Self) -> Self;
+    /// `self * b + c`, rounded once where the level can.
+    unsafe fn fma(self, b: Self, c: Self) -> Self;
+    /// The greater of each lane; `b` where either is NaN.
+    unsafe fn max(self, b: Self) -> Self;
+    /// The lesser of each lane; `b` where either is NaN.
+    unsafe fn min(self, b: Self) -> Self;
+    /// To the nearest whole number, ties to even.
+    unsafe fn round(self) -> Self;
+    /// `2^self` for whole numbers from -126 to 127.
+    unsafe fn exp2_whole(self) -> Self;
+    /// Square root.
+    unsafe fn sqrt(self) -> Self;
+
+    /// Zero.
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        // SAFETY: by the caller.
+        unsafe { Self::splat(0.0) }
+    }
+
+    /// Sum of the lanes by halving: lane `i` with lane `i + LANES / 2`, and so on.
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let mut a = [0.0f32; 16];
+        // SAFETY: the array has room for the widest vector.
+        unsafe { self.store(a.as_mut_ptr()) };
+        let mut n = Self::LANES;
+        while n > 1 {
+            n /= 2;
+            for i in 0..n {
+                a[i] += a[i + n];
+            }
+        }
+        a[0]
+    }
+
+    /// The greatest lane.
+    #[inline(always)]
+    unsafe fn max_lane(self) -> f32 {
+        let mut a = [0.0f32; 16];
+        // SAFETY: the array has room for the widest vector.
+        unsafe { self.store(a.as_mut_ptr()) };
+        let mut m = a[0];
+        for &x in &a[1..Self::LANES] {
+            m = if x > m { x } else { m };
+        }
+        m
+    }
+
+    /// `LANES` values of which only `n` are read; the others are `fill`.
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize, fill: f32) -> Self {
+        let mut a = [fill; 16];
+        // SAFETY: `n` values are readable by the caller's promise, and `n < LANES <= 16`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+            Self::load(a.as_ptr())
+        }
+    }
+
+    /// As [`Simd::load_part`], from bf16, filled with 0.
+    #[inline(always)]
+    unsafe fn load_bf16_part(p: *const bf16, n: usize) -> Self {
+        let mut a = [bf16::ZERO; 16];
+        // SAFETY: as in `load_part`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, a.as_mut_ptr(), n);
+            Self::load_bf16(a.as_ptr())
+        }
+    }
+
+    /// Writes the first `n` lanes.
+    #[inline(always)]
+    unsafe fn store_part(self, p: *mut f32, n: usize) {
+        let mut a = [0.0f32; 16];
+        // SAFETY: `n` values are writable by the caller's promise, and `n < LANES <= 16`.
+        unsafe {
+            self.store(a.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(a.as_ptr(), p, n);
+        }
+    }
+
+    /// `e^self` to about 1 ulp, NaN where it is NaN; 0 below -87.3 (also for negative infinity), the value at 88 above.
+    ///
+    /// `x = n ln 2 + r` with `|r| <= ln 2 / 2`, ln 2 in two parts, then a polynomial of degree 6
+    /// (the coefficients are those of Cephes' `expf`).
+    #[inline(always)]
+    unsafe fn exp(self) -> Self {
+        // SAFETY: by the caller.
+        unsafe {
+            let low = Self::splat(-87.3);
+            // The second operand of min and max is what a NaN comes through.
+            let x = Self::splat(88.0).min(self);
+            // 1 where x > low, else 0: kills what would need denormals.
+            let keep = x
+                .sub(low)
+                .mul(Self::splat(f32::MAX))
+                .max(Self::zero())
+                .min(Self::splat(1.0));
+            let x = low.max(x);
+            let n = x.mul(Self::splat(std::f32::consts::LOG2_E)).round();
+            let r = n.fma(Self::splat(-0.693_359_4), x);
+            let r = n.fma(Self::splat(2.121_944_4e-4), r);
+            let mut p = Self::splat(1.987_569_1e-4);
+            for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+                p = p.fma(r, Self::splat(c));
+            }
+            let y = p.fma(r.mul(r), r.add(Self::splat(1.0)));
+            y.mul(n.exp2_whole()).mul(keep)
+        }
+    }
+}
+
+/// Eight lanes of plain code.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 8]);
+
+macro_rules! lanes {
+    ($a:ident, $b:ident, $e:expr) => {{
+        let mut out = [0.0f32; 8];
+        for i in 0..8 {
+            let ($a, $b) = ($a.0[i], $b.0[i]);
+            out[i] = $e;
+        }
+        Portable(out)
+    }};
+}
+
+impl Simd for Portable {
+    const LANES: usize = 8;
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Portable([x; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Self {
+        // SAFETY: by the caller.
+        Portable(unsafe { p.cast::<[f32; 8]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> Self {
+        // SAFETY: by the caller.
+        let h = unsafe { p.cast::<[u16; 8]>().read_unaligned() };
+        Portable(h.map(|b| f32::from_bits(u32::from(b) << 16)))
+    }
+    #[inline(always)]
+    unsafe fn store(self, p: *mut f32) {
+        // SAFETY: by the caller.
+        unsafe { p.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        let a = self;
+        lanes!(a, b, a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(self, b: Self) -> Self {
+        let a = self;
+        lanes!(a, b, a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        let a = self;
+        lanes!(a, b, a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(self, b: Self) -> Self {
+        let a = self;
+        lanes!(a, b, a / b)
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        // SAFETY: no instructions beyond the base are used.
+        unsafe { self.mul(b).add(c) }
+    }
+    #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        let a = self;
+        lanes!(a, b, if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn min(self, b: Self) -> Self {
+        let a = self;
+        lanes!(a, b, if a < b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn round(self) -> Self {
+        Portable(self.0.map(f32::round_ties_even))
+    }
+    #[inline(always)]
+    unsafe fn exp2_whole(self) -> Self {
+        Portable(
+            self.0
+                .map(|x| f32::from_bits((((x as i32) + 127) as u32) << 23)),
+        )
+    }
+    #[inline(always)]
+    unsafe fn sqrt(self) -> Self {
+        Portable(self.0.map(f32::sqrt))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use super::{Kernel, Simd, bf16};
+    use std::arch::x86_64::*;
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2(__m256);
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512(__m512);
+
+    /// # Safety
+    /// The machine has AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<Avx2>()
+    }
+
+    /// # Safety
+    /// The machine has AVX-512 F, BW, DQ and VL, AVX2 and FMA.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    pub(super) unsafe fn avx512<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<Avx512>()
+    }
+
+    // In both: SAFETY of every intrinsic is the trait's contract, passed on to the caller.
+    macro_rules! intel {
+        ($name:ident, $lanes:literal, $splat:ident, $load:ident, $store:ident, $add:ident,
+         $sub:ident, $mul:ident, $div:ident, $fma:ident, $max:ident, $min:ident, $sqrt:ident,
+         $round:expr, $loadh:expr, $exp2:expr) => {
+            impl Simd for $name {
+                const LANES: usize = $lanes;
+                #[inline(always)]
+                unsafe fn splat(x: f32) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $splat(x) })
+                }
+                #[inline(always)]
+                unsafe fn load(p: *const f32) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $load(p) })
+                }
+                #[inline(always)]
+                unsafe fn load_bf16(p: *const bf16) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $loadh(p) })
+                }
+                #[inline(always)]
+                unsafe fn store(self, p: *mut f32) {
+                    // SAFETY: the trait's contract.
+                    unsafe { $store(p, self.0) }
+                }
+                #[inline(always)]
+                unsafe fn add(self, b: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $add(self.0, b.0) })
+                }
+                #[inline(always)]
+                unsafe fn sub(self, b: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $sub(self.0, b.0) })
+                }
+                #[inline(always)]
+                unsafe fn mul(self, b: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $mul(self.0, b.0) })
+                }
+                #[inline(always)]
+                unsafe fn div(self, b: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $div(self.0, b.0) })
+                }
+                #[inline(always)]
+                unsafe fn fma(self, b: Self, c: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $fma(self.0, b.0, c.0) })
+                }
+                #[inline(always)]
+                unsafe fn max(self, b: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $max(self.0, b.0) })
+                }
+                #[inline(always)]
+                unsafe fn min(self, b: Self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $min(self.0, b.0) })
+                }
+                #[inline(always)]
+                unsafe fn round(self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $round(self.0) })
+                }
+                #[inline(always)]
+                unsafe fn exp2_whole(self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $exp2(self.0) })
+                }
+                #[inline(always)]
+                unsafe fn sqrt(self) -> Self {
+                    // SAFETY: the trait's contract.
+                    Self(unsafe { $sqrt(self.0) })
+                }
+            }
+        };
+    }
+
+    intel!(
+        Avx2,
+        8,
+        _mm256_set1_ps,
+        _mm256_loadu_ps,
+        _mm256_storeu_ps,
+        _mm256_add_ps,
+        _mm256_sub_ps,
+        _mm256_mul_ps,
+        _mm256_div_ps,
+        _mm256_fmadd_ps,
+        _mm256_max_ps,
+        _mm256_min_ps,
+        _mm256_sqrt_ps,
+        _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>,
+        |p: *const bf16| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
+            _mm_loadu_si128(p.cast())
+        ))),
+        |x| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_add_epi32(
+            _mm256_cvtps_epi32(x),
+            _mm256_set1_epi32(127)
+        )))
+    );
+    intel!(
+        Avx512,
+        16,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_add_ps,
+        _mm512_sub_ps,
+        _mm512_mul_ps,
+        _mm512_div_ps,
+        _mm512_fmadd_ps,
+        _mm512_max_ps,
+        _mm512_min_ps,
+        _mm512_sqrt_ps,
+        _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>,
+        |p: *const bf16| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(
+            _mm256_loadu_si256(p.cast())
+        ))),
+        |x| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_add_epi32(
+            _mm512_cvtps_epi32(x),
+            _mm512_set1_epi32(127)
+        )))
+    );
+}
+
+#[cfg(target_arch = "aarch64")]
+mod arm {
+    use super::{Kernel, Simd, bf16};
+    use std::arch::aarch64::*;
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Neon(float32x4_t);
+
+    /// # Safety
+    /// The machine has NEON.
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn neon<K: Kernel>(kernel: K) -> K::Output {
+        kernel.run::<Neon>()
+    }
+
+    impl Simd for Neon {
+        const LANES: usize = 4;
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vdupq_n_f32(x) })
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vld1q_f32(p) })
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const bf16) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.cast()))) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, p: *mut f32) {
+            // SAFETY: the trait's contract.
+            unsafe { vst1q_f32(p, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vaddq_f32(self.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn sub(self, b: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vsubq_f32(self.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vmulq_f32(self.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn div(self, b: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vdivq_f32(self.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn fma(self, b: Self, c: Self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vfmaq_f32(c.0, self.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            // SAFETY: the trait's contract; the select gives `b` where either is NaN.
+            Self(unsafe { vbslq_f32(vcgtq_f32(self.0, b.0), self.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn min(self, b: Self) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { vbslq_f32(vcltq_f32(self.0, b.0), self.0, b.0) })
+        }
+        #[inline(always)]
+        unsafe fn round(self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vrndnq_f32(self.0) })
+        }
+        #[inline(always)]
+        unsafe fn exp2_whole(self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe {
+                vreinterpretq_f32_s32(vshlq_n_s32::<23>(vaddq_s32(
+                    vcvtnq_s32_f32(self.0),
+                    vdupq_n_s32(127),
+                )))
+            })
+        }
+        #[inline(always)]
+        unsafe fn sqrt(self) -> Self {
+            // SAFETY: the trait's contract.
+            Self(unsafe { vsqrtq_f32(self.0) })
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Exp<'a>(&'a mut [f32]);
+    impl Kernel for Exp<'_> {
+        type Output = ();
+        #[inline(always)]
+        fn run<S: Simd>(self) {
+            for run in self.0.chunks_exact_mut(S::LANES) {
+                // SAFETY: inside of `dispatch`; the run has LANES values.
+                unsafe { S::load(run.as_ptr()).exp().store(run.as_mut_ptr()) }
+            }
+        }
+    }
+
+    #[test]
+    fn exp_is_close_on_every_level_of_this_machine() {
+        for level in [Level::Portable, Level::Avx2, Level::Avx512, Level::Neon] {
+            if !level.available() {
+                continue;
+            }
+            let input: Vec<f32> = (0..16 * 4000).map(|i| -87.0 + i as f32 * 0.0027).collect();
+            let mut output = input.clone();
+            level.dispatch(Exp(&mut output));
+            for (x, y) in input.iter().zip(&output) {
+                let want = f64::from(x.min(88.0)).exp();
+                let error = (f64::from(*y) - want).abs() / want;
+                assert!(error < 2.5e-7, "{level}: exp({x}) = {y}, want {want}");
+            }
+            let mut edges = [f32::NEG_INFINITY; 16];
+            edges[1] = 0.0;
+            edges[2] = -100.0;
+            edges[3] = f32::MIN;
+            edges[4] = f32::NAN;
+            level.dispatch(Exp(&mut edges));
+            assert_eq!(&edges[..4], &[0.0, 1.0, 0.0, 0.0], "{level}");
+            assert!(edges[4].is_nan(), "{level}");
+        }
+    }
+}

@@ -1,0 +1,145 @@
+//! Memory of a back end: typed buffers, copies in and out.
+
+use crate::Result;
+use half::bf16;
+
+/// A plain value that can lie in a device buffer.
+pub trait Element: bytemuck::Pod + Send + Sync + 'static {}
+impl<T: bytemuck::Pod + Send + Sync + 'static> Element for T {}
+
+/// An activation's number format.
+pub trait Float: Element {
+    /// Rounds to nearest even.
+    fn from_f32(value: f32) -> Self;
+    /// Widens without loss.
+    fn to_f32(self) -> f32;
+}
+
+impl Float for f32 {
+    fn from_f32(value: f32) -> Self {
+        value
+    }
+    fn to_f32(self) -> f32 {
+        self
+    }
+}
+
+impl Float for bf16 {
+    fn from_f32(value: f32) -> Self {
+        bf16::from_f32(value)
+    }
+    fn to_f32(self) -> f32 {
+        bf16::to_f32(self)
+    }
+}
+
+/// A typed run of device memory.
+pub trait Buffer<T: Element>: Send + Sync {
+    /// How many elements it holds.
+    fn len(&self) -> usize;
+    /// Whether it holds none.
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// A back end's memory. All operations of one device run in the order of their calls.
+///
+/// Operations take buffers that are *at least* as long as their shape asks for, so that one
+/// workspace serves batches of many sizes.
+pub trait Device: Send + Sync + Sized {
+    /// The number format of activations: `f32` on the CPU, `bf16` on a GPU.
+    type Elem: Float;
+    /// A buffer of `T`.
+    type Buf<T: Element>: Buffer<T>;
+
+    /// The device's name for people.
+    fn name(&self) -> String;
+
+    /// A buffer of `len` zeros.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    fn zeros<T: Element>(&self, len: usize) -> Result<Self::Buf<T>>;
+
+    /// Copies `host` into `dst`, from element `offset` on.
+    ///
+    /// # Errors
+    /// [`crate::Error::TooShort`] where it does not fit.
+    fn write<T: Element>(&self, dst: &mut Self::Buf<T>, offset: usize, host: &[T]) -> Result<()>;
+
+    /// Copies from element `offset` of `src` on into all of `host`. Waits for the device.
+    ///
+    /// # Errors
+    /// [`crate::Error::TooShort`] where `src` ends before.
+    fn read<T: Element>(&self, src: &Self::Buf<T>, offset: usize, host: &mut [T]) -> Result<()>;
+
+    /// Copies `len` elements from `src[src_offset..]` to `dst[dst_offset..]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::TooShort`] where either ends before.
+    fn copy<T: Element>(
+        &self,
+        src: &Self::Buf<T>,
+        src_offset: usize,
+        dst: &mut Self::Buf<T>,
+        dst_offset: usize,
+        len: usize,
+    ) -> Result<()>;
+
+    /// Sets every element to zero.
+    ///
+    /// # Errors
+    /// Only what the device reports.
+    fn fill_zero<T: Element>(&self, dst: &mut Self::Buf<T>) -> Result<()>;
+
+    /// A new buffer with the elements of `host`.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`].
+    fn upload<T: Element>(&self, host: &[T]) -> Result<Self::Buf<T>> {
+        let mut buffer = self.zeros(host.len())?;
+        self.write(&mut buffer, 0, host)?;
+        Ok(buffer)
+    }
+
+    /// All elements of `src`. Waits for the device.
+    ///
+    /// # Errors
+    /// Only what the device reports.
+    fn download<T: Element>(&self, src: &Self::Buf<T>) -> Result<Vec<T>> {
+        let mut host = vec![T::zeroed(); src.len()];
+        self.read(src, 0, &mut host)?;
+        Ok(host)
+    }
+}
+
+/// A weight matrix as it is stored, `[outputs, inputs]` row-major. Arithmetic is always f32.
+pub enum Weight<'a, D: Device> {
+    /// Full precision.
+    F32(&'a D::Buf<f32>),
+    /// Half the bytes; widened as it is read.
+    Bf16(&'a D::Buf<bf16>),
+}
+
+impl<D: Device> Clone for Weight<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Device> Copy for Weight<'_, D> {}
+
+impl<D: Device> Weight<'_, D> {
+    /// How many elements it holds.
+    pub fn len(&self) -> usize {
+        match self {
+            Weight::F32(b) => b.len(),
+            Weight::Bf16(b) => b.len(),
+        }
+    }
+    /// Whether it holds none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

@@ -1,0 +1,145 @@
+//! Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300): advantages inside a
+//! group, the clipped surrogate with its variants, KL estimators, and the gradient with respect to
+//! the log-probabilities.
+
+use crate::{Device, Result};
+
+/// How rewards of a group become advantages.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdvantageConfig {
+    /// Divide by the group's standard deviation (GRPO); without it only the mean is taken off
+    /// (Dr. GRPO, arXiv 2503.20783).
+    pub divide_by_std: bool,
+    /// Added to the standard deviation.
+    pub eps: f32,
+}
+
+impl Default for AdvantageConfig {
+    fn default() -> Self {
+        AdvantageConfig {
+            divide_by_std: true,
+            eps: 1e-6,
+        }
+    }
+}
+
+/// Estimator of KL(policy, reference) from a sampled token, with `d = log ref - log policy`
+/// (Schulman 2020, "Approximating KL divergence").
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KlEstimator {
+    /// `-d`: unbiased, high variance.
+    K1,
+    /// `d^2 / 2`.
+    K2,
+    /// `exp(d) - d - 1`: unbiased, never negative.
+    #[default]
+    K3,
+}
+
+/// What an importance ratio is taken over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RatioLevel {
+    /// One ratio a token (GRPO).
+    #[default]
+    Token,
+    /// One ratio a sequence: `exp(mean over tokens of (new - old))` (GSPO, arXiv 2507.18071).
+    Sequence,
+}
+
+/// The clipped surrogate and its regulariser.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct GrpoConfig {
+    /// Ratios below `1 - clip_low` are clipped.
+    pub clip_low: f32,
+    /// Ratios above `1 + clip_high` are clipped.
+    pub clip_high: f32,
+    /// For negative advantages the surrogate is at least `dual_clip * advantage`
+    /// (dual clip, arXiv 1912.09729); must exceed 1.
+    pub dual_clip: Option<f32>,
+    /// Weight of the KL term; 0 leaves it out of the loss.
+    pub kl_coef: f32,
+    /// Its estimator.
+    pub kl: KlEstimator,
+    /// What ratios are taken over.
+    pub ratio: RatioLevel,
+}
+
+impl Default for GrpoConfig {
+    fn default() -> Self {
+        GrpoConfig {
+            clip_low: 0.2,
+            clip_high: 0.2,
+            dual_clip: None,
+            kl_coef: 0.0,
+            kl: KlEstimator::K3,
+            ratio: RatioLevel::Token,
+        }
+    }
+}
+
+/// What [`Grpo::grpo_loss`] reports for each sequence; sums over its tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Default, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct SequenceStats {
+    /// The sequence's share of the loss.
+    pub loss: f32,
+    /// Sum of the KL estimates to the reference; 0 without a reference.
+    pub kl: f32,
+    /// Sum of `k3(old, new)`: how far the policy has moved since the rollout.
+    pub moved: f32,
+    /// Sum of the ratios.
+    pub ratio: f32,
+    /// The largest `|ratio - 1|`.
+    pub ratio_deviation: f32,
+    /// Tokens clipped below.
+    pub clipped_low: f32,
+    /// Tokens clipped above.
+    pub clipped_high: f32,
+    /// Tokens where the dual clip was in force.
+    pub clipped_dual: f32,
+}
+
+/// Advantages and the policy loss.
+pub trait Grpo: Device {
+    /// `advantages[g, i] = (rewards[g, i] - mean_g) / (std_g + eps)` for `groups` groups of
+    /// `group_size` rewards. The statistics are two-pass in f64, the standard deviation is the
+    /// population's (divided by `group_size`). A group whose rewards are all equal, compared exactly,
+    /// gets advantages of exactly 0.
+    ///
+    /// # Errors
+    /// Short buffers, an empty group.
+    fn advantages(
+        &self,
+        groups: usize,
+        group_size: usize,
+        config: AdvantageConfig,
+        rewards: &Self::Buf<f32>,
+        advantages: &mut Self::Buf<f32>,
+    ) -> Result<()>;
+
+    /// Loss and gradient of `sequences` sequences whose tokens are `offsets[s] .. offsets[s + 1]` of
+    /// the `[tokens]` buffers (`offsets` has `sequences + 1` entries, ascending from 0).
+    ///
+    /// With `r = exp(new - old)`: `loss = - sum over tokens of weights[s] * (S - kl_coef * KL)`,
+    /// `S = min(r A, clip(r, 1 - low, 1 + high) A)`, and `max(S, dual_clip * A)` where `A < 0`.
+    /// `weights[s]` carries the aggregation, over the whole mini-batch and not the call: token mean
+    /// `1 / tokens of the mini-batch`, sequence mean `1 / (sequences * tokens of s)`, and so on.
+    /// `dlogprob` gets the derivative with respect to `new`.
+    ///
+    /// # Errors
+    /// Short buffers; a `dual_clip` that is not above 1; `kl_coef` without a reference.
+    fn grpo_loss(
+        &self,
+        config: &GrpoConfig,
+        sequences: usize,
+        tokens: usize,
+        offsets: &Self::Buf<u32>,
+        weights: &Self::Buf<f32>,
+        advantages: &Self::Buf<f32>,
+        new: &Self::Buf<f32>,
+        old: &Self::Buf<f32>,
+        reference: Option<&Self::Buf<f32>>,
+        dlogprob: &mut Self::Buf<f32>,
+        stats: &mut Self::Buf<SequenceStats>,
+    ) -> Result<()>;
+}

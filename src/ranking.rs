@@ -1,0 +1,71 @@
+//! Rewards of a ranking and losses that train scores to rank.
+
+use crate::{Device, Result};
+
+/// What a ranking is rewarded for; labels are relevance, 0 or 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum RankingReward {
+    /// Share of the (correct, incorrect) pairs in the right order.
+    #[default]
+    PairwiseAccuracy,
+    /// Normalised discounted cumulative gain: gain `2^y - 1`, discount `log2(rank + 1)`.
+    Ndcg,
+    /// 1 if the item ranked first is correct.
+    Selection,
+}
+
+/// Rewards and listwise losses.
+pub trait Ranking: Device {
+    /// Rewards of `rankings` rankings of `items` items each.
+    ///
+    /// `order` `[rankings, items]` lists item indices from best to worst, `labels`
+    /// `[rankings, items]` holds each item's label (0 or 1) by item index. A row of `order` that is
+    /// no permutation of `0..items` gets `invalid`. A row of labels without contrast has no pairs:
+    /// pairwise accuracy and NDCG are 1 where all are correct and 0 where none is.
+    ///
+    /// # Errors
+    /// Short buffers, no items, more than 64 items.
+    fn ranking_reward(
+        &self,
+        rankings: usize,
+        items: usize,
+        reward: RankingReward,
+        invalid: f32,
+        order: &Self::Buf<u32>,
+        labels: &Self::Buf<f32>,
+        rewards: &mut Self::Buf<f32>,
+    ) -> Result<()>;
+
+    /// Plackett-Luce negative log-likelihood of `order` under `scores` (ListMLE, Xia et al. 2008):
+    /// `sum_i lse(s[order[i..]]) - s[order[i]]`, per list, and its gradient, scaled by `weight`.
+    ///
+    /// # Errors
+    /// Short buffers; an order that is no permutation.
+    fn plackett_luce_loss(
+        &self,
+        lists: usize,
+        items: usize,
+        weight: f32,
+        scores: &Self::Buf<f32>,
+        order: &Self::Buf<u32>,
+        loss: &mut Self::Buf<f32>,
+        dscores: &mut Self::Buf<f32>,
+    ) -> Result<()>;
+
+    /// Pairwise logistic loss (RankNet, Burges et al. 2005): mean over the pairs `y_i > y_j` of
+    /// `ln(1 + exp(s_j - s_i))`, per list, and its gradient, scaled by `weight`. A list without
+    /// contrast has loss and gradient 0.
+    ///
+    /// # Errors
+    /// Short buffers.
+    fn pairwise_logistic_loss(
+        &self,
+        lists: usize,
+        items: usize,
+        weight: f32,
+        scores: &Self::Buf<f32>,
+        labels: &Self::Buf<f32>,
+        loss: &mut Self::Buf<f32>,
+        dscores: &mut Self::Buf<f32>,
+    ) -> Result<()>;
+}

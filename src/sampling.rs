@@ -1,0 +1,64 @@
+//! Choosing the next token: temperature, top-k, top-p, min-p and greedy, with counter-based random
+//! numbers, so that a draw depends on (seed, sequence, position) and on nothing else.
+
+use crate::{Device, Result};
+
+/// How one row is sampled. Filters apply in the order top-k, top-p, min-p, each to the
+/// probabilities renormalised by those before; ties keep the lowest token first.
+#[derive(Debug, Clone, Copy, PartialEq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct RowSampling {
+    /// Key of the random numbers.
+    pub seed: u64,
+    /// Which sequence this is: first counter.
+    pub sequence: u32,
+    /// Position of the token to draw: second counter.
+    pub position: u32,
+    /// Softmax temperature; 0 is greedy, ties to the lowest token.
+    pub temperature: f32,
+    /// Keep the smallest set of most probable tokens whose mass reaches this; 1 keeps all.
+    pub top_p: f32,
+    /// Drop tokens less probable than this share of the most probable; 0 keeps all.
+    pub min_p: f32,
+    /// Keep this many most probable tokens; 0 keeps all.
+    pub top_k: u32,
+}
+
+impl Default for RowSampling {
+    /// Plain sampling at temperature 1.
+    fn default() -> Self {
+        RowSampling {
+            seed: 0,
+            sequence: 0,
+            position: 0,
+            temperature: 1.0,
+            top_p: 1.0,
+            min_p: 0.0,
+            top_k: 0,
+        }
+    }
+}
+
+/// Draws tokens.
+pub trait Sampling: Device {
+    /// For each row of `logits` `[rows, vocab]`: a token, its log-probability under the *unfiltered*
+    /// softmax at the row's temperature (at temperature 1 where greedy), with the bits of
+    /// [`crate::logprob::Logprob::logprob`], and the mass that the filters kept (1 where none
+    /// applies): the filtered log-probability is `logprob - ln(kept)`.
+    ///
+    /// A row that holds a NaN, or no finite logit, gets token `u32::MAX`, which the caller must
+    /// report: sampling goes on for the other rows.
+    ///
+    /// # Errors
+    /// Short buffers.
+    fn sample(
+        &self,
+        rows: usize,
+        vocab: usize,
+        logits: &Self::Buf<f32>,
+        params: &Self::Buf<RowSampling>,
+        tokens: &mut Self::Buf<u32>,
+        logprob: &mut Self::Buf<f32>,
+        kept: &mut Self::Buf<f32>,
+    ) -> Result<()>;
+}
