@@ -1,0 +1,253 @@
+//! Llama, Qwen2 and Qwen3 on any back end: loading, forward, backward, saving.
+
+mod backward;
+mod batch;
+mod forward;
+mod params;
+mod workspace;
+
+pub use batch::{Batch, Target};
+pub use forward::{Attend, PagedBatch};
+pub use params::{LayerParams, Params, Spec};
+pub use workspace::{LogprobBuffers, Purpose, Workspace};
+
+use crate::checkpoint::{self, Checkpoint, Dtype, ModelConfig};
+use anyhow::{Result, ensure};
+use dust_kernels::{Backend, Buffer, Weight, attention::Heads};
+use half::bf16;
+use std::path::Path;
+
+/// How matrices are stored. Norms and biases are always f32, and so is all arithmetic.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[derive(clap::ValueEnum)]
+pub enum Storage {
+    /// 4 bytes a weight.
+    #[default]
+    F32,
+    /// 2 bytes a weight; training keeps f32 master weights beside them.
+    Bf16,
+}
+
+/// A parameter on the device.
+pub enum Stored<B: Backend> {
+    /// As f32.
+    F32(B::Buf<f32>),
+    /// As bf16 only: for inference.
+    Bf16(B::Buf<bf16>),
+    /// The f32 master of the optimizer and the bf16 copy that the kernels read.
+    Mixed(B::Buf<f32>, B::Buf<bf16>),
+}
+
+impl<B: Backend> Stored<B> {
+    /// What a linear layer reads.
+    pub fn weight(&self) -> Weight<'_, B> {
+        match self {
+            Stored::F32(b) => Weight::F32(b),
+            Stored::Bf16(b) | Stored::Mixed(_, b) => Weight::Bf16(b),
+        }
+    }
+
+    /// A norm or a bias, which `load` always stores as f32.
+    pub(crate) fn vector(&self) -> Result<&B::Buf<f32>> {
+        match self {
+            Stored::F32(b) => Ok(b),
+            _ => anyhow::bail!("a vector parameter is stored as bf16"),
+        }
+    }
+
+    /// The most precise values at hand, on the host.
+    ///
+    /// # Errors
+    /// Only what the device reports.
+    pub fn download(&self, device: &B) -> Result<Vec<f32>> {
+        Ok(match self {
+            Stored::F32(b) | Stored::Mixed(b, _) => device.download(b)?,
+            Stored::Bf16(b) => device
+                .download(b)?
+                .into_iter()
+                .map(bf16::to_f32)
+                .collect(),
+        })
+    }
+
+    fn upload(device: &B, values: &[f32], storage: Storage, train: bool) -> Result<Self> {
+        if storage == Storage::F32 {
+            return Ok(Stored::F32(device.upload(values)?));
+        }
+        let half: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+        let half = device.upload(&half)?;
+        Ok(if train {
+            Stored::Mixed(device.upload(values)?, half)
+        } else {
+            Stored::Bf16(half)
+        })
+    }
+}
+
+/// A model on a device.
+pub struct Model<B: Backend> {
+    /// Its shape.
+    pub config: ModelConfig,
+    /// Its parameters.
+    pub params: Params<Stored<B>>,
+    /// Cosines of the rotation, `[max_positions, head_dim / 2]`.
+    pub(crate) cos: B::Buf<f32>,
+    /// Sines of the rotation.
+    pub(crate) sin: B::Buf<f32>,
+    positions: usize,
+}
+
+/// Longest context whose rotation table is made at loading.
+const MAX_TABLE: usize = 65_536;
+
+impl<B: Backend> Model<B> {
+    /// Loads a checkpoint onto the device. `train` keeps f32 master weights where `storage` is
+    /// bf16.
+    ///
+    /// # Errors
+    /// A tensor that is missing or has another shape than the configuration says.
+    pub fn load(
+        device: &B,
+        checkpoint: &Checkpoint,
+        storage: Storage,
+        train: bool,
+    ) -> Result<Self> {
+        let config = checkpoint.config().clone();
+        let params = Params::specs(&config).try_map(|spec| -> Result<_> {
+            let mut values = Vec::with_capacity(spec.len());
+            for (name, rows) in &spec.parts {
+                let tensor = checkpoint.tensor(name)?;
+                ensure!(
+                    tensor.shape == spec.part_shape(*rows),
+                    "{}: `{name}` has shape {:?}, the configuration asks for {:?}",
+                    checkpoint.path().display(),
+                    tensor.shape,
+                    spec.part_shape(*rows)
+                );
+                values.extend_from_slice(&tensor.data);
+            }
+            let storage = if spec.matrix { storage } else { Storage::F32 };
+            Stored::upload(device, &values, storage, train)
+        })?;
+        Self::with_params(device, config, params)
+    }
+
+    /// A model from parameters that are on the device already.
+    ///
+    /// # Errors
+    /// Only what the device reports.
+    pub fn with_params(
+        device: &B,
+        config: ModelConfig,
+        params: Params<Stored<B>>,
+    ) -> Result<Self> {
+        let frequencies = config.rope_frequencies();
+        let positions = config.max_positions.min(MAX_TABLE);
+        let table = |f: fn(f64) -> f64| -> Vec<f32> {
+            (0..positions)
+                .flat_map(|p| {
+                    frequencies
+                        .inverse
+                        .iter()
+                        .map(move |w| (f(p as f64 * w) * frequencies.attention_factor) as f32)
+                })
+                .collect()
+        };
+        Ok(Self {
+            cos: device.upload(&table(f64::cos))?,
+            sin: device.upload(&table(f64::sin))?,
+            positions,
+            config,
+            params,
+        })
+    }
+
+    /// The heads of its attention layers.
+    pub fn heads(&self) -> Heads {
+        Heads {
+            q_heads: self.config.heads,
+            kv_heads: self.config.kv_heads,
+            head_dim: self.config.head_dim,
+        }
+    }
+
+    /// Longest sequence that it can run.
+    pub fn max_positions(&self) -> usize {
+        self.positions
+    }
+
+    /// How many parameters it has.
+    pub fn parameter_count(&self) -> usize {
+        Params::specs(&self.config).iter().map(Spec::len).sum()
+    }
+
+    /// The head: its own, or the embedding where tied.
+    pub(crate) fn head(&self) -> Weight<'_, B> {
+        self.params
+            .head
+            .as_ref()
+            .unwrap_or(&self.params.embed)
+            .weight()
+    }
+
+    /// Zeros of the shape of every parameter: gradients, moments.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn zeros_like(&self, device: &B) -> Result<Params<B::Buf<f32>>> {
+        Params::specs(&self.config).try_map(|spec| Ok(device.zeros(spec.len())?))
+    }
+
+    /// Writes a Hugging Face folder: the weights with the checkpoint's names, and `text_files`
+    /// (tokenizer, chat template) beside them.
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub fn save(
+        &self,
+        device: &B,
+        folder: &Path,
+        dtype: Dtype,
+        text_files: &[(String, Vec<u8>)],
+    ) -> Result<()> {
+        let specs = Params::specs(&self.config);
+        let mut tensors = Vec::new();
+        for (spec, stored) in specs.iter().zip(self.params.iter()) {
+            let values = stored.download(device)?;
+            let mut rest = values.as_slice();
+            for (name, rows) in &spec.parts {
+                let (part, tail) = rest.split_at(rows * spec.columns);
+                tensors.push((
+                    name.clone(),
+                    checkpoint::Tensor {
+                        shape: spec.part_shape(*rows),
+                        data: part.to_vec(),
+                    },
+                ));
+                rest = tail;
+            }
+        }
+        checkpoint::save(folder, &self.config, dtype, &tensors, text_files)?;
+        Ok(())
+    }
+}
+
+/// Copies of parameters, for the frozen reference of the KL term: weights only.
+pub fn freeze<B: Backend>(device: &B, model: &Model<B>) -> Result<Model<B>> {
+    fn copy<B: Backend, T: dust_kernels::Element>(
+        device: &B,
+        b: &B::Buf<T>,
+    ) -> Result<B::Buf<T>> {
+        let mut new = device.zeros(b.len())?;
+        device.copy(b, 0, &mut new, 0, b.len())?;
+        Ok(new)
+    }
+    let params = model.params.try_map(|stored| -> Result<_> {
+        Ok(match stored {
+            Stored::F32(b) => Stored::F32(copy::<B, f32>(device, b)?),
+            Stored::Bf16(b) | Stored::Mixed(_, b) => Stored::Bf16(copy::<B, bf16>(device, b)?),
+        })
+    })?;
+    Model::with_params(device, model.config.clone(), params)
+}
