@@ -1,7 +1,11 @@
 //! The CPU back end: f32 arithmetic with SIMD chosen at run time, on every core.
 
 mod buffer;
+mod gemm;
+mod logprob;
+
 mod pool;
+mod scratch;
 mod simd;
 
 pub use buffer::CpuBuf;
