@@ -1,7 +1,10 @@
 //! The CPU back end: f32 arithmetic with SIMD chosen at run time, on every core.
 
+mod attention;
 mod buffer;
+mod norm;
 mod pool;
+mod rope;
 mod simd;
 
 pub use buffer::CpuBuf;
