@@ -1,10 +1,12 @@
 //! The CPU back end: f32 arithmetic with SIMD chosen at run time, on every core.
 
+mod attention;
 mod buffer;
 mod gemm;
 mod logprob;
-
+mod norm;
 mod pool;
+mod rope;
 mod scratch;
 mod simd;
 

@@ -208,6 +208,17 @@ pub(crate) trait Simd: Copy {
         }
     }
 
+    /// Transposes a square of `LANES`: `dst[j * stride + i] = rows[i][at + j]`.
+    #[inline(always)]
+    unsafe fn transpose(rows: *const *const f32, at: usize, dst: *mut f32, stride: usize) {
+        for i in 0..Self::LANES {
+            for j in 0..Self::LANES {
+                // SAFETY: the caller's `LANES` rows are readable, and `dst` holds the square.
+                unsafe { *dst.add(j * stride + i) = *(*rows.add(i)).add(at + j) }
+            }
+        }
+    }
+
     /// `e^self` to about 1 ulp, NaN where it is NaN; 0 below -87.3 (also for negative infinity), the value at 88 above.
     ///
     /// `x = n ln 2 + r` with `|r| <= ln 2 / 2`, ln 2 in two parts, then a polynomial of degree 6
@@ -408,11 +419,53 @@ mod x86 {
         _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
     }
 
+    /// # Safety
+    /// The contract of [`Simd::transpose`] for 8 lanes.
+    #[inline(always)]
+    unsafe fn transpose_8(rows: *const *const f32, at: usize, dst: *mut f32, stride: usize) {
+        // SAFETY: the caller's 8 rows are readable for 8 values from `at` on, `dst` holds a square
+        // of 8, and the machine has AVX.
+        unsafe {
+            for half in 0..2 {
+                // Row i in the low lane and row i + 4 in the high one.
+                let pair = |i: usize| {
+                    let low = _mm_loadu_ps((*rows.add(i)).add(at + 4 * half));
+                    let high = _mm_loadu_ps((*rows.add(i + 4)).add(at + 4 * half));
+                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
+                };
+                let (a, b, c, d) = (pair(0), pair(1), pair(2), pair(3));
+                let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                let dst = dst.add(4 * half * stride);
+                _mm256_storeu_ps(dst, _mm256_shuffle_ps::<0x44>(ab_low, cd_low));
+                _mm256_storeu_ps(dst.add(stride), _mm256_shuffle_ps::<0xEE>(ab_low, cd_low));
+                _mm256_storeu_ps(
+                    dst.add(2 * stride),
+                    _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
+                );
+                _mm256_storeu_ps(
+                    dst.add(3 * stride),
+                    _mm256_shuffle_ps::<0xEE>(ab_high, cd_high),
+                );
+            }
+        }
+    }
+
+    /// # Safety
+    /// The contract of [`Simd::transpose`] for 16 lanes.
+    #[inline(always)]
+    unsafe fn transpose_16(rows: *const *const f32, at: usize, dst: *mut f32, stride: usize) {
+        for (i, j) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
+            // SAFETY: a quarter of the caller's square.
+            unsafe { transpose_8(rows.add(i), at + j, dst.add(j * stride + i), stride) }
+        }
+    }
+
     // In both: SAFETY of every intrinsic is the trait's contract, passed on to the caller.
     macro_rules! intel {
         ($name:ident, $lanes:literal, $registers:literal, $sum4:ident, $splat:ident, $load:ident, $store:ident, $add:ident,
          $sub:ident, $mul:ident, $div:ident, $fma:ident, $max:ident, $min:ident, $sqrt:ident,
-         $round:expr, $loadh:expr, $exp2:expr) => {
+         $transpose:ident, $round:expr, $loadh:expr, $exp2:expr) => {
             impl Simd for $name {
                 const LANES: usize = $lanes;
                 const REGISTERS: usize = $registers;
@@ -491,6 +544,16 @@ mod x86 {
                     // SAFETY: the trait's contract.
                     Self(unsafe { $sqrt(self.0) })
                 }
+                #[inline(always)]
+                unsafe fn transpose(
+                    rows: *const *const f32,
+                    at: usize,
+                    dst: *mut f32,
+                    stride: usize,
+                ) {
+                    // SAFETY: the trait's contract.
+                    unsafe { $transpose(rows, at, dst, stride) }
+                }
             }
         };
     }
@@ -511,6 +574,7 @@ mod x86 {
         _mm256_max_ps,
         _mm256_min_ps,
         _mm256_sqrt_ps,
+        transpose_8,
         _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>,
         |p: *const bf16| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(
             _mm_loadu_si128(p.cast())
@@ -536,6 +600,7 @@ mod x86 {
         _mm512_max_ps,
         _mm512_min_ps,
         _mm512_sqrt_ps,
+        transpose_16,
         _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>,
         |p: *const bf16| _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(
             _mm256_loadu_si256(p.cast())
@@ -676,6 +741,17 @@ mod tests {
                 ];
                 (S::sum4(v), [v[0].sum(), v[1].sum(), v[2].sum(), v[3].sum()])
             }
+    }
+
+    struct Transpose<'a>(&'a [f32], &'a mut [f32]);
+    impl Kernel for Transpose<'_> {
+        type Output = usize;
+        #[inline(always)]
+        fn run<S: Simd>(self) -> usize {
+            let rows: Vec<*const f32> = self.0.chunks(20).map(|row| row.as_ptr()).collect();
+            // SAFETY: inside of `dispatch`; 16 rows of 20 values, read from 3 on, and 16 of 17.
+            unsafe { S::transpose(rows.as_ptr(), 3, self.1.as_mut_ptr(), 17) }
+            S::LANES
         }
     }
 
@@ -687,6 +763,21 @@ mod tests {
             if level.available() {
                 let (four, each) = level.dispatch(Sums(&values));
                 assert_eq!(four.map(f32::to_bits), each.map(f32::to_bits), "{level}");
+    }
+
+    fn transpose_swaps_rows_and_columns() {
+        for level in [Level::Portable, Level::Avx2, Level::Avx512, Level::Neon] {
+            if !level.available() {
+                continue;
+            }
+            let input: Vec<f32> = (0..16 * 20).map(|i| i as f32).collect();
+            let mut output = vec![-1.0; 16 * 17];
+            let lanes = level.dispatch(Transpose(&input, &mut output));
+            for (at, &value) in output.iter().enumerate() {
+                let (j, i) = (at / 17, at % 17);
+                let inside = i < lanes && j < lanes;
+                let want = if inside { input[i * 20 + 3 + j] } else { -1.0 };
+                assert_eq!(value, want, "{level}: row {i}, column {j}");
             }
         }
     }
