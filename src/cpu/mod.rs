@@ -1,6 +1,9 @@
 //! The CPU back end: f32 arithmetic with SIMD chosen at run time, on every core.
 
+mod activation;
+mod adamw;
 mod buffer;
+mod embedding;
 mod pool;
 mod simd;
 
