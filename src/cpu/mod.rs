@@ -4,7 +4,9 @@ mod activation;
 mod adamw;
 mod buffer;
 mod embedding;
+mod grpo;
 mod pool;
+mod ranking;
 mod simd;
 
 pub use buffer::CpuBuf;
