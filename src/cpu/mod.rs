@@ -1,11 +1,16 @@
 //! The CPU back end: f32 arithmetic with SIMD chosen at run time, on every core.
 
+mod activation;
+mod adamw;
 mod attention;
 mod buffer;
+mod embedding;
 mod gemm;
+mod grpo;
 mod logprob;
 mod norm;
 mod pool;
+mod ranking;
 mod rope;
 mod scratch;
 mod simd;

@@ -741,6 +741,7 @@ mod tests {
                 ];
                 (S::sum4(v), [v[0].sum(), v[1].sum(), v[2].sum(), v[3].sum()])
             }
+        }
     }
 
     struct Transpose<'a>(&'a [f32], &'a mut [f32]);
@@ -763,8 +764,11 @@ mod tests {
             if level.available() {
                 let (four, each) = level.dispatch(Sums(&values));
                 assert_eq!(four.map(f32::to_bits), each.map(f32::to_bits), "{level}");
+            }
+        }
     }
 
+    #[test]
     fn transpose_swaps_rows_and_columns() {
         for level in [Level::Portable, Level::Avx2, Level::Avx512, Level::Neon] {
             if !level.available() {
