@@ -1,1 +1,4 @@
 //! Trainer.
+
+pub mod checkpoint;
+pub mod text;
