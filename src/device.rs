@@ -87,6 +87,18 @@ pub trait Device: Send + Sync + Sized {
         len: usize,
     ) -> Result<()>;
 
+    /// Copies `len` elements of `buffer` from `src_offset` to `dst_offset`; the two may overlap.
+    ///
+    /// # Errors
+    /// [`crate::Error::TooShort`] where either ends after the buffer.
+    fn copy_within<T: Element>(
+        &self,
+        buffer: &mut Self::Buf<T>,
+        src_offset: usize,
+        dst_offset: usize,
+        len: usize,
+    ) -> Result<()>;
+
     /// Sets every element to zero.
     ///
     /// # Errors

@@ -116,6 +116,19 @@ impl Device for Cpu {
         Ok(())
     }
 
+    fn copy_within<T: Element>(
+        &self,
+        buffer: &mut CpuBuf<T>,
+        src_offset: usize,
+        dst_offset: usize,
+        len: usize,
+    ) -> Result<()> {
+        let end = src_offset.max(dst_offset).saturating_add(len);
+        check_len("copy_within", "buffer", buffer.len(), end)?;
+        (**buffer).copy_within(src_offset..src_offset + len, dst_offset);
+        Ok(())
+    }
+
     fn fill_zero<T: Element>(&self, dst: &mut CpuBuf<T>) -> Result<()> {
         dst.fill(T::zeroed());
         Ok(())

@@ -1,4 +1,9 @@
-//! Trainer.
+//! Dual Self-Training of language models on `dust-kernels`.
+//!
+//! The library behind the `dust-train` program, so that the model, the losses and the loop can be
+//! used and tested from outside.
 
 pub mod checkpoint;
+pub mod model;
+pub mod rollout;
 pub mod text;

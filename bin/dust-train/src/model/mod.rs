@@ -15,6 +15,8 @@ use crate::checkpoint::{self, Checkpoint, Dtype, ModelConfig};
 use anyhow::{Result, ensure};
 use dust_kernels::{Backend, Buffer, Weight, attention::Heads};
 use half::bf16;
+use std::borrow::Cow;
+use std::collections::HashMap;
 use std::path::Path;
 
 /// How matrices are stored. Norms and biases are always f32, and so is all arithmetic.
@@ -61,14 +63,26 @@ impl<B: Backend> Stored<B> {
     /// # Errors
     /// Only what the device reports.
     pub fn download(&self, device: &B) -> Result<Vec<f32>> {
-        Ok(match self {
-            Stored::F32(b) | Stored::Mixed(b, _) => device.download(b)?,
-            Stored::Bf16(b) => device
-                .download(b)?
-                .into_iter()
-                .map(bf16::to_f32)
-                .collect(),
-        })
+        let len = match self {
+            Stored::F32(b) | Stored::Mixed(b, _) => b.len(),
+            Stored::Bf16(b) => b.len(),
+        };
+        self.download_range(device, 0, len)
+    }
+
+    fn download_range(&self, device: &B, start: usize, len: usize) -> Result<Vec<f32>> {
+        match self {
+            Stored::F32(b) | Stored::Mixed(b, _) => {
+                let mut values = vec![0.0; len];
+                device.read(b, start, &mut values)?;
+                Ok(values)
+            }
+            Stored::Bf16(b) => {
+                let mut values = vec![bf16::ZERO; len];
+                device.read(b, start, &mut values)?;
+                Ok(values.into_iter().map(bf16::to_f32).collect())
+            }
+        }
     }
 
     fn upload(device: &B, values: &[f32], storage: Storage, train: bool) -> Result<Self> {
@@ -211,24 +225,26 @@ impl<B: Backend> Model<B> {
         dtype: Dtype,
         text_files: &[(String, Vec<u8>)],
     ) -> Result<()> {
-        let specs = Params::specs(&self.config);
-        let mut tensors = Vec::new();
-        for (spec, stored) in specs.iter().zip(self.params.iter()) {
-            let values = stored.download(device)?;
-            let mut rest = values.as_slice();
+        let mut parts = HashMap::new();
+        for (spec, stored) in Params::specs(&self.config).iter().zip(self.params.iter()) {
+            let mut start = 0;
             for (name, rows) in &spec.parts {
-                let (part, tail) = rest.split_at(rows * spec.columns);
-                tensors.push((
-                    name.clone(),
-                    checkpoint::Tensor {
-                        shape: spec.part_shape(*rows),
-                        data: part.to_vec(),
-                    },
-                ));
-                rest = tail;
+                let len = rows * spec.columns;
+                parts.insert(name.clone(), (stored, start, len));
+                start += len;
             }
         }
-        checkpoint::save(folder, &self.config, dtype, &tensors, text_files)?;
+        checkpoint::save(folder, &self.config, dtype, text_files, |name| {
+            let file = folder.join(name);
+            let failed = |why: String| checkpoint::Error::invalid(&file, name, why, "");
+            let (stored, start, len) = *parts
+                .get(name)
+                .ok_or_else(|| failed("the model has no such tensor".into()))?;
+            let values = stored
+                .download_range(device, start, len)
+                .map_err(|e| failed(e.to_string()))?;
+            Ok(Cow::Owned(values))
+        })?;
         Ok(())
     }
 }

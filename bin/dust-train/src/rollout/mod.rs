@@ -1,0 +1,531 @@
+//! Sampling many sequences at once: continuous batching over a paged key/value cache.
+//!
+//! A request is a prompt and a number of samples. The prompt runs through the model once; all of
+//! its samples share its full pages and copy the last, partly filled one. A sample starts by running
+//! the prompt's last token itself, so every sample is an ordinary decode sequence from its first
+//! step. Pages for the longest possible answer are reserved when a sample starts, so a running
+//! sample is never thrown out.
+//!
+//! A sample depends on its prompt, its seed and its number alone, never on what else is running:
+//! the kernels are batch-invariant and the random numbers are counted by (seed, sample, position).
+
+mod pages;
+mod stop;
+
+use crate::model::{Attend, Model, PagedBatch, Purpose, Workspace};
+use crate::text::Tokenizer;
+use anyhow::{Result, bail, ensure};
+use dust_kernels::{
+    Backend,
+    attention::{CHUNK, PagedSequence},
+    sampling::RowSampling,
+};
+use pages::Pages;
+use serde::{Deserialize, Serialize};
+use std::collections::VecDeque;
+use std::ops::ControlFlow;
+use std::rc::Rc;
+use stop::StopStrings;
+
+/// How tokens are drawn.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct SamplingSettings {
+    /// Softmax temperature; 0 is greedy.
+    pub temperature: f32,
+    /// Nucleus mass; 1 keeps all tokens.
+    pub top_p: f32,
+    /// Most probable tokens kept; 0 keeps all.
+    pub top_k: u32,
+    /// Least probability relative to the most probable token's; 0 keeps all.
+    pub min_p: f32,
+    /// Longest answer in tokens.
+    pub max_tokens: usize,
+}
+
+impl Default for SamplingSettings {
+    fn default() -> Self {
+        Self {
+            temperature: 1.0,
+            top_p: 1.0,
+            top_k: 0,
+            min_p: 0.0,
+            max_tokens: 512,
+        }
+    }
+}
+
+/// A prompt and how many answers to draw.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The prompt's tokens; at least one.
+    pub prompt: Vec<u32>,
+    /// How many answers.
+    pub samples: u32,
+    /// Key of the random numbers.
+    pub seed: u64,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Finish {
+    /// A stop token, which is the last of the tokens.
+    StopToken,
+    /// A stop string, which the text contains.
+    StopString,
+    /// `max_tokens`, or the model's longest context.
+    Length,
+}
+
+/// A finished answer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Completion {
+    /// Index of its request.
+    pub request: usize,
+    /// Its number among the request's samples.
+    pub sample: u32,
+    /// Its tokens, a stop token included.
+    pub tokens: Vec<u32>,
+    /// Log-probability of each token under the unfiltered softmax.
+    pub logprobs: Vec<f32>,
+    /// Mass that the filters kept at each token.
+    pub kept: Vec<f32>,
+    /// Why it ended.
+    pub finish: Finish,
+}
+
+/// What [`Engine::generate`] tells as it goes.
+#[derive(Debug)]
+pub enum Event {
+    /// One more token of a running sample: request, sample, token.
+    Token(usize, u32, u32),
+    /// A sample is finished.
+    Done(Completion),
+}
+
+/// Sizes of an engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Most samples that run at a time.
+    pub max_batch: usize,
+    /// Prompt tokens that are run beside them in one step.
+    pub prefill_tokens: usize,
+    /// Tokens that the key/value cache holds.
+    pub cache_tokens: usize,
+}
+
+impl EngineConfig {
+    /// Room for `max_batch` samples of at most `longest` tokens each, prompt included, and for the
+    /// next prompt.
+    pub fn for_length(max_batch: usize, longest: usize) -> Self {
+        Self {
+            max_batch,
+            prefill_tokens: 256,
+            cache_tokens: (max_batch + 1) * longest.next_multiple_of(CHUNK),
+        }
+    }
+}
+
+/// What ends an answer besides its length.
+#[derive(Clone, Copy)]
+pub struct Stops<'a> {
+    /// Tokens that end it.
+    pub tokens: &'a [u32],
+    /// Strings that end it, looked for in the decoded text.
+    pub strings: &'a [String],
+    /// What decodes the text.
+    pub tokenizer: &'a Tokenizer,
+}
+
+/// A prompt in the cache, held until its last sample has started.
+struct Prompt {
+    request: usize,
+    tokens: Rc<[u32]>,
+    samples: u32,
+    seed: u64,
+    pages: Vec<u32>,
+    /// Tokens that are in the cache; the last token never is.
+    cached: usize,
+    next_sample: u32,
+}
+
+impl Prompt {
+    fn to_cache(&self) -> usize {
+        self.tokens.len() - 1
+    }
+}
+
+/// A running sample.
+struct Running {
+    request: usize,
+    sample: u32,
+    seed: u64,
+    prompt: Rc<[u32]>,
+    pages: Vec<u32>,
+    tokens: Vec<u32>,
+    logprobs: Vec<f32>,
+    kept: Vec<f32>,
+    limit: usize,
+}
+
+impl Running {
+    fn input(&self) -> u32 {
+        // A prompt has at least one token, which `generate` checks.
+        *self
+            .tokens
+            .last()
+            .unwrap_or(&self.prompt[self.prompt.len() - 1])
+    }
+
+    fn position(&self) -> usize {
+        self.prompt.len() - 1 + self.tokens.len()
+    }
+}
+
+/// The rollout engine: its buffers serve many calls.
+pub struct Engine<B: Backend> {
+    config: EngineConfig,
+    workspace: Workspace<B>,
+    pages: Pages<B>,
+    table: B::Buf<u32>,
+    slots: B::Buf<u32>,
+    logits: B::Buf<f32>,
+    params: B::Buf<RowSampling>,
+    tokens: B::Buf<u32>,
+    logprobs: B::Buf<f32>,
+    kept: B::Buf<f32>,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Buffers for models of the shape of `model`.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn new(device: &B, model: &Model<B>, config: EngineConfig) -> Result<Self> {
+        ensure!(
+            config.max_batch > 0 && config.prefill_tokens > 0,
+            "an engine needs room for one sample and one prompt token at least"
+        );
+        let pages = config.cache_tokens.div_ceil(CHUNK);
+        let rows = config.max_batch + config.prefill_tokens;
+        let batch = config.max_batch;
+        Ok(Self {
+            workspace: Workspace::new(device, &model.config, rows, Purpose::Forward)?,
+            pages: Pages::new(device, model, pages)?,
+            // Shared pages stand in the table of every sample that uses them.
+            table: device.zeros((batch + 1) * pages)?,
+            slots: device.zeros(rows)?,
+            logits: device.zeros(batch * model.config.vocab_size)?,
+            params: device.zeros(batch)?,
+            tokens: device.zeros(batch)?,
+            logprobs: device.zeros(batch)?,
+            kept: device.zeros(batch)?,
+            config,
+        })
+    }
+
+    /// Draws every sample of every request; `on_event` hears of each token and each finished answer,
+    /// in the order of their completion, and may break off.
+    ///
+    /// # Errors
+    /// An empty prompt, a prompt that leaves no room for an answer, a cache that is too small for
+    /// one sample, logits that are not finite.
+    pub fn generate(
+        &mut self,
+        device: &B,
+        model: &Model<B>,
+        requests: &[Request],
+        settings: &SamplingSettings,
+        stops: Stops<'_>,
+        on_event: &mut dyn FnMut(Event) -> ControlFlow<()>,
+    ) -> Result<()> {
+        for (i, request) in requests.iter().enumerate() {
+            ensure!(!request.prompt.is_empty(), "prompt {i} is empty");
+            ensure!(
+                request.prompt.len() < model.max_positions(),
+                "prompt {i} has {} tokens, the model's context is {}",
+                request.prompt.len(),
+                model.max_positions()
+            );
+        }
+        let mut run = Run {
+            engine: self,
+            device,
+            model,
+            settings,
+            stops: StopStrings::new(stops),
+            waiting: requests.iter().enumerate().collect(),
+            prompts: VecDeque::new(),
+            running: Vec::new(),
+        };
+        let result = run.go(on_event);
+        run.release_all();
+        result
+    }
+}
+
+/// One call of [`Engine::generate`].
+struct Run<'a, B: Backend> {
+    engine: &'a mut Engine<B>,
+    device: &'a B,
+    model: &'a Model<B>,
+    settings: &'a SamplingSettings,
+    stops: StopStrings<'a>,
+    waiting: VecDeque<(usize, &'a Request)>,
+    /// Prompts in the cache or on their way into it; only the last may be unfinished.
+    prompts: VecDeque<Prompt>,
+    running: Vec<Running>,
+}
+
+impl<B: Backend> Run<'_, B> {
+    fn go(&mut self, on_event: &mut dyn FnMut(Event) -> ControlFlow<()>) -> Result<()> {
+        loop {
+            self.admit()?;
+            if self.running.is_empty() && self.prompts.is_empty() {
+                return Ok(());
+            }
+            self.step()?;
+            if self.finish(on_event).is_break() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Starts samples and takes in prompts while there is room.
+    fn admit(&mut self) -> Result<()> {
+        while self.running.len() < self.engine.config.max_batch {
+            let Some(prompt) = self.prompts.front() else {
+                if !self.take_prompt() {
+                    break;
+                }
+                continue;
+            };
+            if prompt.cached < prompt.to_cache() || !self.start_sample()? {
+                break;
+            }
+        }
+        // The next prompt is run beside the samples, so that it is ready when one ends.
+        if self.prompts.len() < 2 {
+            self.take_prompt();
+        }
+        ensure!(
+            !(self.running.is_empty() && self.prompts.is_empty() && !self.waiting.is_empty())
+                && !(self.running.is_empty()
+                    && self
+                        .prompts
+                        .front()
+                        .is_some_and(|p| p.cached == p.to_cache())),
+            "the key/value cache of {} tokens has no room for one prompt and its answer: \
+             ask for a larger cache or shorter answers",
+            self.engine.config.cache_tokens
+        );
+        Ok(())
+    }
+
+    fn take_prompt(&mut self) -> bool {
+        let Some(&(index, request)) = self.waiting.front() else {
+            return false;
+        };
+        let pages = (request.prompt.len() - 1).div_ceil(CHUNK);
+        let Some(pages) = self.engine.pages.take(pages) else {
+            return false;
+        };
+        self.waiting.pop_front();
+        if request.samples == 0 {
+            self.engine.pages.release(&pages);
+            return true;
+        }
+        self.prompts.push_back(Prompt {
+            request: index,
+            tokens: request.prompt.as_slice().into(),
+            samples: request.samples,
+            seed: request.seed,
+            pages,
+            cached: 0,
+            next_sample: 0,
+        });
+        true
+    }
+
+    /// Starts the next sample of the first prompt, if its pages are free.
+    fn start_sample(&mut self) -> Result<bool> {
+        let Some(prompt) = self.prompts.front_mut() else {
+            return Ok(false);
+        };
+        let engine = &mut *self.engine;
+        let context = self.model.max_positions() - prompt.tokens.len();
+        let limit = self.settings.max_tokens.min(context).max(1);
+        // The last token of an answer is never run, so it needs no place.
+        let total = (prompt.to_cache() + limit).div_ceil(CHUNK);
+        let shared = prompt.to_cache() / CHUNK;
+        let Some(own) = engine.pages.take(total - shared) else {
+            return Ok(false);
+        };
+        let partial = prompt.to_cache() % CHUNK;
+        if partial > 0 {
+            let width = self.model.heads().kv_width();
+            engine
+                .pages
+                .copy(self.device, prompt.pages[shared], own[0], partial, width)?;
+        }
+        engine.pages.share(&prompt.pages[..shared]);
+        let mut pages = prompt.pages[..shared].to_vec();
+        pages.extend(own);
+        self.running.push(Running {
+            request: prompt.request,
+            sample: prompt.next_sample,
+            seed: prompt.seed,
+            prompt: prompt.tokens.clone(),
+            pages,
+            tokens: Vec::new(),
+            logprobs: Vec::new(),
+            kept: Vec::new(),
+            limit,
+        });
+        prompt.next_sample += 1;
+        if prompt.next_sample == prompt.samples {
+            engine.pages.release(&prompt.pages);
+            self.prompts.pop_front();
+        }
+        Ok(true)
+    }
+
+    /// Runs one token of every sample and a piece of the next prompt, and draws.
+    fn step(&mut self) -> Result<()> {
+        let engine = &mut *self.engine;
+        let device = self.device;
+        let batch = self.running.len();
+        let (mut tokens, mut positions) = (Vec::new(), Vec::new());
+        let (mut slots, mut table, mut sequences) = (Vec::new(), Vec::new(), Vec::new());
+        let mut add = |pages: &[u32], inputs: &[u32], from: usize| {
+            let to = from + inputs.len();
+            sequences.push(PagedSequence {
+                q_start: tokens.len() as u32,
+                q_len: inputs.len() as u32,
+                context: to as u32,
+                first_page: table.len() as u32,
+            });
+            table.extend_from_slice(&pages[..to.div_ceil(CHUNK)]);
+            tokens.extend_from_slice(inputs);
+            positions.extend((from..to).map(|p| p as u32));
+            slots.extend((from..to).map(|p| pages[p / CHUNK] * CHUNK as u32 + (p % CHUNK) as u32));
+        };
+        for run in &self.running {
+            add(&run.pages, &[run.input()], run.position());
+        }
+        if let Some(prompt) = self.prompts.iter_mut().find(|p| p.cached < p.to_cache()) {
+            let to = (prompt.cached + engine.config.prefill_tokens).min(prompt.to_cache());
+            add(
+                &prompt.pages,
+                &prompt.tokens[prompt.cached..to],
+                prompt.cached,
+            );
+            prompt.cached = to;
+        }
+        device.write(&mut engine.table, 0, &table)?;
+        device.write(&mut engine.slots, 0, &slots)?;
+        self.model.run(
+            device,
+            &mut engine.workspace,
+            &tokens,
+            &positions,
+            &mut Attend::Paged(PagedBatch {
+                sequences: &sequences,
+                pages: &engine.table,
+                slots: &engine.slots,
+                cache: &mut engine.pages.cache,
+            }),
+        )?;
+        if batch == 0 {
+            return Ok(());
+        }
+
+        let params: Vec<RowSampling> = self
+            .running
+            .iter()
+            .map(|run| RowSampling {
+                seed: run.seed,
+                sequence: run.sample,
+                position: run.position() as u32 + 1,
+                temperature: self.settings.temperature,
+                top_p: self.settings.top_p,
+                min_p: self.settings.min_p,
+                top_k: self.settings.top_k,
+            })
+            .collect();
+        device.write(&mut engine.params, 0, &params)?;
+        let shape = self.model.head_shape(batch);
+        device.logits(
+            shape,
+            engine.workspace.hidden(),
+            self.model.head(),
+            &mut engine.logits,
+        )?;
+        device.sample(
+            batch,
+            shape.vocab,
+            &engine.logits,
+            &engine.params,
+            &mut engine.tokens,
+            &mut engine.logprobs,
+            &mut engine.kept,
+        )?;
+        let mut drawn = vec![0u32; batch];
+        let (mut logprobs, mut kept) = (vec![0f32; batch], vec![0f32; batch]);
+        device.read(&engine.tokens, 0, &mut drawn)?;
+        device.read(&engine.logprobs, 0, &mut logprobs)?;
+        device.read(&engine.kept, 0, &mut kept)?;
+        for (i, run) in self.running.iter_mut().enumerate() {
+            if drawn[i] == u32::MAX {
+                bail!(
+                    "the logits of prompt {} are not finite: the weights are damaged or training diverged",
+                    run.request
+                );
+            }
+            run.tokens.push(drawn[i]);
+            run.logprobs.push(logprobs[i]);
+            run.kept.push(kept[i]);
+        }
+        Ok(())
+    }
+
+    /// Reports the tokens just drawn, and takes out the samples that have ended.
+    fn finish(&mut self, on_event: &mut dyn FnMut(Event) -> ControlFlow<()>) -> ControlFlow<()> {
+        let mut i = 0;
+        while i < self.running.len() {
+            let run = &self.running[i];
+            if let Some(&token) = run.tokens.last() {
+                on_event(Event::Token(run.request, run.sample, token))?;
+            }
+            let finish = self
+                .stops
+                .check(&run.tokens)
+                .or((run.tokens.len() >= run.limit).then_some(Finish::Length));
+            let Some(finish) = finish else {
+                i += 1;
+                continue;
+            };
+            let run = self.running.swap_remove(i);
+            self.engine.pages.release(&run.pages);
+            on_event(Event::Done(Completion {
+                request: run.request,
+                sample: run.sample,
+                tokens: run.tokens,
+                logprobs: run.logprobs,
+                kept: run.kept,
+                finish,
+            }))?;
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn release_all(&mut self) {
+        for run in self.running.drain(..) {
+            self.engine.pages.release(&run.pages);
+        }
+        for prompt in self.prompts.drain(..) {
+            self.engine.pages.release(&prompt.pages);
+        }
+    }
+}
