@@ -1,1 +1,4 @@
 //! Trainer.
+pub mod judge;
+pub mod metrics;
+pub mod tasks;
