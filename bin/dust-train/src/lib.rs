@@ -4,6 +4,9 @@
 //! used and tested from outside.
 
 pub mod checkpoint;
+pub mod judge;
+pub mod metrics;
 pub mod model;
 pub mod rollout;
+pub mod tasks;
 pub mod text;
