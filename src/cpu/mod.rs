@@ -7,6 +7,7 @@ mod embedding;
 mod grpo;
 mod pool;
 mod ranking;
+mod sampling;
 mod simd;
 
 pub use buffer::CpuBuf;
