@@ -4,10 +4,13 @@ mod activation;
 mod adamw;
 mod buffer;
 mod embedding;
+mod gemm;
 mod grpo;
+mod logprob;
 mod pool;
 mod ranking;
 mod sampling;
+mod scratch;
 mod simd;
 
 pub use buffer::CpuBuf;

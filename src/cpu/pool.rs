@@ -272,6 +272,13 @@ impl<T> SharedMut<T> {
         // SAFETY: in bounds by the assertion, unique by the caller's promise.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.add(start), len) }
     }
+
+    /// A pointer to element `start`, for blocks whose rows lie apart. Its use must be disjoint, too.
+    pub(crate) fn at(&self, start: usize) -> *mut T {
+        assert!(start <= self.len, "start outside of the slice");
+        // SAFETY: in bounds by the assertion.
+        unsafe { self.ptr.add(start) }
+    }
 }
 
 #[cfg(test)]

@@ -6,12 +6,13 @@ mod philox;
 mod softmax;
 
 use super::Cpu;
+use super::logprob::BLOCK;
 use super::pool::SharedMut;
 use super::simd::Level;
 use crate::Result;
 use crate::error::check_len;
 use crate::sampling::{RowSampling, Sampling};
-use softmax::{BLOCK, Row};
+use softmax::{Row, mass};
 
 /// What a row becomes.
 struct Sample {
@@ -50,9 +51,9 @@ fn sample_row(level: Level, logits: &[f32], params: &RowSampling) -> Sample {
         first_greatest(&row)
     } else if filter::is_on(params, logits.len()) {
         let kept = filter::kept(&row, params, logits.len());
-        let mass = filter::mass(&kept);
-        share = (mass / row.total).min(1.0);
-        let i = pick(kept.iter().map(|c| c.e), u * mass);
+        let kept_mass = filter::mass(&kept);
+        share = (kept_mass / row.total).min(1.0);
+        let i = pick(kept.iter().map(|c| c.e), u * kept_mass);
         kept[i].token as usize
     } else {
         draw(&row, u)
@@ -78,7 +79,7 @@ fn first_greatest(row: &Row) -> usize {
 
 /// The token at which the cumulative distribution passes `u`.
 fn draw(row: &Row, u: f64) -> usize {
-    let (b, passed) = pick_with_rest(row.blocks.iter().map(|b| b.mass(row.max)), u * row.total);
+    let (b, passed) = pick_with_rest(row.blocks.iter().map(|b| mass(b, row.max)), u * row.total);
     let max = row.blocks[b].max;
     let scale = (f64::from(max) - f64::from(row.max)).exp();
     let mut scratch = [[0.0; BLOCK]; 2];

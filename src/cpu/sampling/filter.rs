@@ -5,7 +5,8 @@
 //! they are enough. Among them the last one kept is found by halving: select the median, sum the
 //! upper half, go on in the half where the boundary lies.
 
-use super::softmax::{BLOCK, Row};
+use super::softmax::Row;
+use crate::cpu::logprob::BLOCK;
 use crate::sampling::RowSampling;
 use std::cmp::Ordering;
 

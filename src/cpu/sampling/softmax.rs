@@ -1,28 +1,20 @@
-//! A row of logits in blocks: each block's greatest value and sum of exponentials.
+//! A row of logits in the blocks of [`crate::cpu::logprob`]: each block's greatest value and sum of
+//! exponentials, by the very kernel that training uses, so that log-probabilities have its bits.
 //!
 //! The pass that makes the log-sum-exp leaves all that a draw needs: a draw looks for its block among
 //! the sums and raises that block's logits again, and filters skip the blocks that lie below their
 //! threshold.
 
 use crate::cpu::Level;
+use crate::cpu::logprob::{self, BLOCK, State};
 use crate::cpu::simd::{Kernel, Simd};
-
-/// Tokens of a block: it stays in the first-level cache between its two passes.
-pub(super) const BLOCK: usize = 512;
-
-/// `max z` and `sum exp(z - max)` of a block.
-#[derive(Clone, Copy, Default)]
-pub(super) struct BlockState {
-    pub(super) max: f32,
-    pub(super) sum: f32,
-}
 
 /// A row of `z = logits * inverse_temperature`.
 pub(super) struct Row<'a> {
     level: Level,
     logits: &'a [f32],
     inverse: f32,
-    pub(super) blocks: Vec<BlockState>,
+    pub(super) blocks: Vec<State>,
     /// The greatest `z`.
     pub(super) max: f32,
     /// `sum exp(z - max)`.
@@ -32,12 +24,9 @@ pub(super) struct Row<'a> {
 impl<'a> Row<'a> {
     /// `None` where a logit is NaN or positive infinity, or none is finite.
     pub(super) fn new(level: Level, logits: &'a [f32], inverse: f32) -> Option<Self> {
-        let mut blocks = vec![BlockState::default(); logits.len().div_ceil(BLOCK)];
-        for (block, z) in blocks.iter_mut().zip(logits.chunks(BLOCK)) {
-            *block = level.dispatch(Reduce { logits: z, inverse });
-        }
+        let blocks: Vec<State> = logprob::states(level, logits, inverse).collect();
         let max = blocks.iter().fold(f32::NEG_INFINITY, |m, b| m.max(b.max));
-        let total = blocks.iter().fold(0.0, |sum, b| sum + b.mass(max));
+        let total = blocks.iter().fold(0.0, |sum, b| sum + mass(b, max));
         // A NaN logit makes its block's sum NaN, and so does an infinite one.
         (total.is_finite() && total > 0.0).then_some(Row {
             level,
@@ -51,7 +40,7 @@ impl<'a> Row<'a> {
 
     /// The log-sum-exp of the row.
     pub(super) fn lse(&self) -> f32 {
-        (f64::from(self.max) + self.total.ln()) as f32
+        State::finish(self.blocks.iter().copied()).lse
     }
 
     /// `z` of a token.
@@ -82,53 +71,9 @@ impl<'a> Row<'a> {
     }
 }
 
-impl BlockState {
-    /// `sum exp(z - max)` of the block for the `max` of the row.
-    pub(super) fn mass(self, max: f32) -> f64 {
-        f64::from(self.sum) * (f64::from(self.max) - f64::from(max)).exp()
-    }
-}
-
-struct Reduce<'a> {
-    logits: &'a [f32],
-    inverse: f32,
-}
-
-impl Kernel for Reduce<'_> {
-    type Output = BlockState;
-    #[inline(always)]
-    fn run<S: Simd>(self) -> BlockState {
-        let (p, len) = (self.logits.as_ptr(), self.logits.len());
-        let whole = len / S::LANES * S::LANES;
-        let rest = len - whole;
-        // SAFETY: inside of `dispatch`; `i + LANES <= whole <= len`, and `rest` is what is left.
-        unsafe {
-            let inverse = S::splat(self.inverse);
-            let fill = f32::NEG_INFINITY;
-            // Not below the least finite number: infinity less infinity would be NaN.
-            let mut max = S::splat(f32::MIN);
-            for i in (0..whole).step_by(S::LANES) {
-                max = S::load(p.add(i)).mul(inverse).max(max);
-            }
-            if rest > 0 {
-                max = S::load_part(p.add(whole), rest, fill).mul(inverse).max(max);
-            }
-            let max = max.max_lane();
-            let m = S::splat(max);
-            let mut sum = S::zero();
-            for i in (0..whole).step_by(S::LANES) {
-                sum = sum.add(S::load(p.add(i)).mul(inverse).sub(m).exp());
-            }
-            if rest > 0 {
-                let z = S::load_part(p.add(whole), rest, fill).mul(inverse);
-                sum = sum.add(z.sub(m).exp());
-            }
-            BlockState {
-                max,
-                sum: sum.sum(),
-            }
-        }
-    }
+/// `sum exp(z - max)` of a block, for the `max` of the row.
+pub(super) fn mass(block: &State, max: f32) -> f64 {
+    f64::from(block.sum) * (f64::from(block.max) - f64::from(max)).exp()
 }
 
 struct Exp<'a> {
