@@ -5,7 +5,7 @@
 //!
 //! The log-sum-exp has one order, too: the vocabulary is cut into blocks of [`BLOCK`] from token 0,
 //! each is reduced from a fresh [`State`], and the states are merged from left to right.
-//! [`log_sum_exp`] does this for logits in memory.
+//! [`states`] and [`State::finish`] do this for logits in memory.
 //!
 //! Backward handles rows in groups of [`ROWS`] and the vocabulary in spans of [`SPAN`]: the
 //! gradients of one group's logits in one span are computed on all threads, then both products with
@@ -24,7 +24,7 @@ use crate::logprob::{HeadShape, Logprob};
 use crate::{Error, Result, Weight};
 
 /// Logits that one state reduces.
-const BLOCK: usize = 512;
+pub(crate) const BLOCK: usize = 512;
 /// Rows of a forward task: its logits are 256 KiB.
 const TASK_ROWS: usize = 128;
 /// Rows of a group of the backward pass. A multiple of the outer products' [`gemm::outer::KC`].
@@ -42,33 +42,37 @@ pub(crate) struct LogSumExp {
     pub entropy: f32,
 }
 
-/// Reduces the logits of one row, with `z = logit * inverse_temperature` in f32.
+/// Reduces the blocks of one row, with `z = logit * inverse_temperature` in f32.
 ///
-/// Logits of negative infinity have no share; a NaN makes both results NaN.
-pub(crate) fn log_sum_exp(level: Level, logits: &[f32], inverse_temperature: f32) -> LogSumExp {
-    State::finish(logits.chunks(BLOCK).map(|logits| {
+/// Logits of negative infinity have no share; a NaN makes its block's sums NaN.
+pub(crate) fn states(
+    level: Level,
+    logits: &[f32],
+    inverse_temperature: f32,
+) -> impl Iterator<Item = State> {
+    logits.chunks(BLOCK).map(move |logits| {
         level.dispatch(Reduce {
             logits,
             inverse_temperature,
         })
-    }))
+    })
 }
 
 /// The softmax of some of a row's tokens.
 #[derive(Debug, Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
 #[repr(C)]
-struct State {
+pub(crate) struct State {
     /// The greatest z; the least finite number where there is none.
-    max: f32,
+    pub max: f32,
     /// Sum of `e^(z - max)`.
-    sum: f32,
+    pub sum: f32,
     /// Sum of `e^(z - max) (z - max)`.
     weighted: f32,
 }
 
 impl State {
     /// Merges from left to right, in f64: there are few states.
-    fn finish(states: impl Iterator<Item = State>) -> LogSumExp {
+    pub(crate) fn finish(states: impl Iterator<Item = State>) -> LogSumExp {
         let (mut max, mut sum, mut weighted) = (f64::from(f32::MIN), 0.0f64, 0.0f64);
         for state in states {
             let to = max.max(f64::from(state.max));

@@ -12,6 +12,7 @@ mod norm;
 mod pool;
 mod ranking;
 mod rope;
+mod sampling;
 mod scratch;
 mod simd;
 
