@@ -1,0 +1,358 @@
+//! Linear layers against an f64 reference, and the promises about their bits.
+
+use dust_kernels::cpu::Level;
+use dust_kernels::gemm::{Gemm, LinearShape};
+use dust_kernels::{Cpu, Device, Error, Weight};
+use half::bf16;
+use proptest::prelude::*;
+use rand::{RngExt, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+
+/// Rows, inputs, outputs: awkward ones, more than one chunk, block and task of each dimension.
+const SHAPES: [(usize, usize, usize); 12] = [
+    (1, 1, 1),
+    (7, 1, 7),
+    (1, 7, 111),
+    (7, 111, 7),
+    (111, 7, 989),
+    (3, 989, 111),
+    (9, 2053, 50),
+    (111, 989, 7),
+    (300, 111, 111),
+    (989, 33, 111),
+    (16, 576, 960),
+    (2, 4100, 13),
+];
+
+struct Case {
+    shape: LinearShape,
+    x: Vec<f32>,
+    /// Values that bf16 can hold.
+    w: Vec<f32>,
+    bias: Vec<f32>,
+    dy: Vec<f32>,
+    dw: Vec<f32>,
+}
+
+impl Case {
+    fn new((rows, inputs, outputs): (usize, usize, usize), seed: u64) -> Self {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        let mut random =
+            |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
+        let w = random(outputs * inputs);
+        Case {
+            shape: LinearShape {
+                rows,
+                inputs,
+                outputs,
+            },
+            x: random(rows * inputs),
+            w: w.iter().map(|&w| bf16::from_f32(w).to_f32()).collect(),
+            bias: random(outputs),
+            dy: random(rows * outputs),
+            dw: random(outputs * inputs),
+        }
+    }
+
+    fn halves(&self) -> Vec<bf16> {
+        self.w.iter().map(|&w| bf16::from_f32(w)).collect()
+    }
+
+    fn run(&self, cpu: &Cpu, half: bool) -> Results {
+        let LinearShape {
+            rows,
+            inputs,
+            outputs,
+        } = self.shape;
+        let x = cpu.upload(&self.x).unwrap();
+        let (w32, w16) = (
+            cpu.upload(&self.w).unwrap(),
+            cpu.upload(&self.halves()).unwrap(),
+        );
+        let w = if half {
+            Weight::Bf16(&w16)
+        } else {
+            Weight::F32(&w32)
+        };
+        let bias = cpu.upload(&self.bias).unwrap();
+        let dy = cpu.upload(&self.dy).unwrap();
+        let mut y = cpu.upload(&vec![f32::NAN; rows * outputs]).unwrap();
+        let mut dx = cpu.upload(&vec![f32::NAN; rows * inputs]).unwrap();
+        let mut dw = cpu.upload(&self.dw).unwrap();
+        let mut dbias = cpu.upload(&self.bias).unwrap();
+        cpu.linear(self.shape, &x, w, Some(&bias), &mut y).unwrap();
+        cpu.linear_dx(self.shape, &dy, w, &mut dx).unwrap();
+        cpu.linear_dw(self.shape, &x, &dy, &mut dw).unwrap();
+        cpu.linear_dbias(self.shape, &dy, &mut dbias).unwrap();
+        Results([&y, &dx, &dw, &dbias].map(|b| cpu.download(b).unwrap()))
+    }
+}
+
+/// y, dx, dw, dbias.
+#[derive(Clone)]
+struct Results<T = f32>([Vec<T>; 4]);
+
+impl Results {
+    fn bits(&self) -> [Vec<u32>; 4] {
+        self.0
+            .each_ref()
+            .map(|v| v.iter().map(|x| x.to_bits()).collect())
+    }
+}
+
+/// Plain loops, one sum after the other, in f64 or f32.
+macro_rules! naive {
+    ($name:ident, $t:ty) => {
+        fn $name(case: &Case) -> Results<$t> {
+            let LinearShape {
+                rows,
+                inputs,
+                outputs,
+            } = case.shape;
+            let wide = |v: &[f32]| -> Vec<$t> { v.iter().map(|&x| <$t>::from(x)).collect() };
+            let (x, w, dy) = (wide(&case.x), wide(&case.w), wide(&case.dy));
+            let bias = wide(&case.bias);
+            let mut y = vec![0.0; rows * outputs];
+            let mut dx = vec![0.0; rows * inputs];
+            let mut dw = vec![0.0; outputs * inputs];
+            let mut dbias = vec![0.0; outputs];
+            for r in 0..rows {
+                for o in 0..outputs {
+                    let g = dy[r * outputs + o];
+                    let mut sum = 0.0;
+                    for i in 0..inputs {
+                        sum += x[r * inputs + i] * w[o * inputs + i];
+                        dx[r * inputs + i] += g * w[o * inputs + i];
+                        dw[o * inputs + i] += g * x[r * inputs + i];
+                    }
+                    y[r * outputs + o] = sum + bias[o];
+                    dbias[o] += g;
+                }
+            }
+            for (dw, before) in dw.iter_mut().zip(&case.dw) {
+                *dw += <$t>::from(*before);
+            }
+            for (dbias, before) in dbias.iter_mut().zip(&bias) {
+                *dbias += before;
+            }
+            Results([y, dx, dw, dbias])
+        }
+    };
+}
+naive!(reference, f64);
+naive!(sequential, f32);
+
+fn worst(got: &[f32], want: &[f64]) -> f64 {
+    assert_eq!(got.len(), want.len());
+    got.iter()
+        .zip(want)
+        .map(|(&g, w)| (f64::from(g) - w).abs())
+        // Not `max`, which would pass over a NaN.
+        .fold(0.0, |a, b| if b <= a { a } else { b })
+}
+
+fn levels(cpu: &Cpu) -> Vec<Cpu> {
+    [Level::Portable, Level::Avx2, Level::Avx512, Level::Neon]
+        .into_iter()
+        .filter_map(|level| cpu.with_level(level).ok())
+        .collect()
+}
+
+#[test]
+fn close_to_the_f64_reference_on_every_level() {
+    for (seed, shape) in SHAPES.into_iter().enumerate() {
+        let case = Case::new(shape, seed as u64);
+        let want = reference(&case);
+        let baseline = sequential(&case);
+        for cpu in levels(&Cpu::with_threads(2)) {
+            let got = case.run(&cpu, false);
+            for (i, factor) in [2.0, 3.0, 3.0, 3.0].into_iter().enumerate() {
+                let error = worst(&got.0[i], &want.0[i]);
+                let allowed = factor * worst(&baseline.0[i], &want.0[i]) + 2e-7;
+                assert!(
+                    error <= allowed,
+                    "{} {shape:?} result {i}: {error} > {allowed}",
+                    cpu.level()
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn gradients_of_the_reference_agree_with_finite_differences() {
+    // The products are linear in each argument, so a central difference is exact but for rounding.
+    let mut case = Case::new((5, 7, 6), 40);
+    let gradients = reference(&case);
+    let before = [case.dw.clone(), case.bias.clone()];
+    let loss = |case: &Case| -> f64 {
+        let y = &reference(case).0[0];
+        y.iter().zip(&case.dy).map(|(y, g)| y * f64::from(*g)).sum()
+    };
+    let fields: [fn(&mut Case) -> &mut Vec<f32>; 3] = [|c| &mut c.x, |c| &mut c.w, |c| &mut c.bias];
+    for (which, field) in fields.into_iter().enumerate() {
+        for i in 0..field(&mut case).len() {
+            let value = field(&mut case)[i];
+            field(&mut case)[i] = value + 0.25;
+            let (above, up) = (loss(&case), f64::from(field(&mut case)[i]));
+            field(&mut case)[i] = value - 0.25;
+            let (below, down) = (loss(&case), f64::from(field(&mut case)[i]));
+            field(&mut case)[i] = value;
+            let slope = (above - below) / (up - down);
+            let accumulated = if which == 0 {
+                0.0
+            } else {
+                f64::from(before[which - 1][i])
+            };
+            let want = gradients.0[which + 1][i] - accumulated;
+            assert!((slope - want).abs() < 1e-9, "{which}[{i}]: {slope} {want}");
+        }
+    }
+}
+
+#[test]
+fn bf16_weights_give_the_bits_of_f32_weights() {
+    for (seed, shape) in SHAPES.into_iter().enumerate() {
+        let case = Case::new(shape, seed as u64);
+        for cpu in levels(&Cpu::with_threads(2)) {
+            assert!(case.run(&cpu, true).bits() == case.run(&cpu, false).bits());
+        }
+    }
+}
+
+#[test]
+fn runs_and_thread_counts_give_the_same_bits() {
+    for (seed, shape) in SHAPES.into_iter().enumerate() {
+        let case = Case::new(shape, seed as u64);
+        let want = case.run(&Cpu::with_threads(1), true).bits();
+        for threads in [1, 2, 5] {
+            let got = case.run(&Cpu::with_threads(threads), true).bits();
+            assert!(got == want, "{threads} threads, {shape:?}");
+        }
+    }
+}
+
+#[test]
+fn a_row_does_not_depend_on_its_batch() {
+    for half in [false, true] {
+        for cpu in levels(&Cpu::with_threads(2)) {
+            // Sizes around every tile's height and the switch to widened panels.
+            let rows = 25;
+            let case = Case::new((rows, 1111, 101), 60);
+            let all = case.run(&cpu, half);
+            for (first, count) in [(0, 1), (24, 1), (3, 2), (5, 3), (8, 8), (2, 9), (6, 15)] {
+                let mut part = Case::new((count, 1111, 101), 60);
+                part.w.clone_from(&case.w);
+                part.bias.clone_from(&case.bias);
+                part.x = case.x[first * 1111..][..count * 1111].to_vec();
+                part.dy = case.dy[first * 101..][..count * 101].to_vec();
+                let part = part.run(&cpu, half).bits();
+                let all = all.bits();
+                assert!(part[0][..] == all[0][first * 101..][..count * 101]);
+                assert!(part[1][..] == all[1][first * 1111..][..count * 1111]);
+            }
+        }
+    }
+}
+
+#[test]
+fn longer_buffers_keep_what_lies_behind_the_shape() {
+    let cpu = Cpu::with_threads(2);
+    let case = Case::new((5, 9, 11), 70);
+    let (x, w) = (cpu.upload(&case.x).unwrap(), cpu.upload(&case.w).unwrap());
+    let dy = cpu.upload(&case.dy).unwrap();
+    for len in [5 * 11 + 3, 100] {
+        let mut y = cpu.upload(&vec![7.0; len]).unwrap();
+        cpu.linear(case.shape, &x, Weight::F32(&w), None, &mut y)
+            .unwrap();
+        assert!(y[5 * 11..].iter().all(|&v| v == 7.0));
+        let mut dx = cpu.upload(&vec![7.0; len]).unwrap();
+        cpu.linear_dx(case.shape, &dy, Weight::F32(&w), &mut dx)
+            .unwrap();
+        assert!(dx[5 * 9..].iter().all(|&v| v == 7.0));
+        let mut dw = cpu.upload(&vec![7.0; 11 * 9 + len]).unwrap();
+        cpu.linear_dw(case.shape, &x, &dy, &mut dw).unwrap();
+        assert!(dw[11 * 9..].iter().all(|&v| v == 7.0));
+    }
+}
+
+#[test]
+fn empty_dimensions_are_sums_of_nothing() {
+    let cpu = Cpu::with_threads(2);
+    let empty = cpu.zeros::<f32>(0).unwrap();
+    let shape = |rows, inputs, outputs| LinearShape {
+        rows,
+        inputs,
+        outputs,
+    };
+    let bias = cpu.upload(&[1.0f32, 2.0]).unwrap();
+    let mut y = cpu.upload(&[9.0f32; 4]).unwrap();
+    let none = Weight::F32(&empty);
+    cpu.linear(shape(2, 0, 2), &empty, none, Some(&bias), &mut y)
+        .unwrap();
+    assert_eq!(y[..], [1.0, 2.0, 1.0, 2.0]);
+    cpu.linear_dx(shape(2, 2, 0), &empty, none, &mut y).unwrap();
+    assert_eq!(y[..], [0.0; 4]);
+    let mut dw = cpu.upload(&[3.0f32; 4]).unwrap();
+    cpu.linear_dw(shape(0, 2, 2), &empty, &empty, &mut dw)
+        .unwrap();
+    assert_eq!(dw[..], [3.0; 4]);
+}
+
+#[test]
+fn short_buffers_are_refused_by_name() {
+    let cpu = Cpu::with_threads(1);
+    let shape = LinearShape {
+        rows: 3,
+        inputs: 4,
+        outputs: 5,
+    };
+    let buf = |len| cpu.zeros::<f32>(len).unwrap();
+    let named = |result: dust_kernels::Result<()>, want: &str| match result {
+        Err(Error::TooShort { name, .. }) => assert_eq!(name, want),
+        other => panic!("{want}: {other:?}"),
+    };
+    let (x, w, bias) = (buf(12), buf(20), buf(5));
+    let weight = Weight::F32(&w);
+    named(cpu.linear(shape, &buf(11), weight, None, &mut buf(15)), "x");
+    named(
+        cpu.linear(shape, &x, Weight::F32(&buf(19)), None, &mut buf(15)),
+        "w",
+    );
+    named(
+        cpu.linear(shape, &x, weight, Some(&buf(4)), &mut buf(15)),
+        "bias",
+    );
+    named(
+        cpu.linear(shape, &x, weight, Some(&bias), &mut buf(14)),
+        "y",
+    );
+    named(cpu.linear_dx(shape, &buf(14), weight, &mut buf(12)), "dy");
+    named(cpu.linear_dx(shape, &buf(15), weight, &mut buf(11)), "dx");
+    named(cpu.linear_dw(shape, &x, &buf(15), &mut buf(19)), "dw");
+    named(cpu.linear_dbias(shape, &buf(15), &mut buf(4)), "dbias");
+    let huge = LinearShape {
+        rows: usize::MAX,
+        inputs: 2,
+        outputs: 1,
+    };
+    assert!(matches!(
+        cpu.linear(huge, &x, weight, None, &mut buf(1)),
+        Err(Error::Invalid { .. })
+    ));
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(40))]
+    #[test]
+    fn any_small_shape_is_right(rows in 1usize..40, inputs in 1usize..60, outputs in 1usize..70, seed: u64) {
+        let case = Case::new((rows, inputs, outputs), seed);
+        let want = reference(&case);
+        for cpu in levels(&Cpu::with_threads(2)) {
+            let got = case.run(&cpu, true);
+            for i in 0..4 {
+                prop_assert!(worst(&got.0[i], &want.0[i]) < 1e-4);
+            }
+        }
+    }
+}
