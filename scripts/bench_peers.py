@@ -49,7 +49,9 @@ def say(text):
 def step(title, command, **kwargs):
     say(title)
     start = time.time()
-    subprocess.run(command, check=True, stdout=sys.stderr, **kwargs)
+    result = subprocess.run(command, stdout=sys.stderr, **kwargs)
+    if result.returncode != 0:
+        sys.exit(f"{shlex.join(map(str, command))}: failed; run it alone to see why")
     say(f"  done in {time.time() - start:.0f} s")
 
 
@@ -167,9 +169,14 @@ def torch_convert(source, target):
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.float32
     )
+    # A model from a GGUF counts as quantised and will not be saved; a fresh one holding the same
+    # weights does.
+    del model.config.quantization_config
+    plain = AutoModelForCausalLM.from_config(model.config, dtype=torch.float32)
+    plain.load_state_dict(model.state_dict())
     partial = f"{target}.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
+    plain.save_pretrained(partial)
     os.replace(partial, target)
 
 
@@ -283,7 +290,7 @@ def main():
     for kind, target in converted.items():
         if not target.exists():
             command = [*child, "--model", model, "--peer", f"to-{kind}", "--target", target]
-            step(f"converting to {target.name}", command, stderr=subprocess.DEVNULL)
+            step(f"converting to {target.name}", command)
 
     commands = {
         "ceilings": [WORK / "ceilings"],
