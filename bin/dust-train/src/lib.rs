@@ -1,4 +1,5 @@
 //! Trainer.
 pub mod judge;
 pub mod metrics;
+pub mod report;
 pub mod tasks;
