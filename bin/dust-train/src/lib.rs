@@ -7,6 +7,7 @@ pub mod checkpoint;
 pub mod judge;
 pub mod metrics;
 pub mod model;
+pub mod report;
 pub mod rollout;
 pub mod tasks;
 pub mod text;
