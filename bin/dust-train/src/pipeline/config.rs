@@ -383,9 +383,7 @@ impl Config {
             .with_context(|| format!("{}: cannot be read", path.display()))?;
         let config: Self = toml::from_str(&text)
             .map_err(|e| anyhow::anyhow!("{}: {}", path.display(), one_line(&e.to_string())))?;
-        config
-            .check()
-            .with_context(|| path.display().to_string())?;
+        config.check().with_context(|| path.display().to_string())?;
         Ok(config)
     }
 
@@ -396,25 +394,61 @@ impl Config {
     pub fn check(&self) -> Result<()> {
         let t = &self.train;
         let rules = [
-            (!self.model.path.is_empty(), "model.path: name a model (folder, .gguf file or hub repository)"),
+            (
+                !self.model.path.is_empty(),
+                "model.path: name a model (folder, .gguf file or hub repository)",
+            ),
             (self.model.batch > 0, "model.batch: must be at least 1"),
-            ((2..=64).contains(&self.group.size), "group.size: must be from 2 to 64"),
-            (self.sample.candidates > 0, "sample.candidates: must be at least 1"),
-            ((0.0..1.0).contains(&self.tasks.held_out), "tasks.held_out: must be at least 0 and below 1"),
-            (self.judge.max_tokens > 0, "judge.max_tokens: must be at least 1"),
+            (
+                (2..=64).contains(&self.group.size),
+                "group.size: must be from 2 to 64",
+            ),
+            (
+                self.sample.candidates > 0,
+                "sample.candidates: must be at least 1",
+            ),
+            (
+                (0.0..1.0).contains(&self.tasks.held_out),
+                "tasks.held_out: must be at least 0 and below 1",
+            ),
+            (
+                self.judge.max_tokens > 0,
+                "judge.max_tokens: must be at least 1",
+            ),
             (t.prompts > 0, "train.prompts: must be at least 1"),
-            (t.judgments > 1, "train.judgments: must be at least 2, since advantages compare them"),
+            (
+                t.judgments > 1,
+                "train.judgments: must be at least 2, since advantages compare them",
+            ),
             (t.mini_batch > 0, "train.mini_batch: must be at least 1"),
             (t.epochs > 0, "train.epochs: must be at least 1"),
             (t.temperature > 0.0, "train.temperature: must be above 0"),
-            (t.learning_rate.is_finite() && t.learning_rate >= 0.0, "train.learning_rate: must not be negative"),
-            (t.max_grad_norm > 0.0, "train.max_grad_norm: must be above 0"),
-            (t.clip_low >= 0.0 && t.clip_low <= 1.0, "train.clip_low: must be from 0 to 1"),
+            (
+                t.learning_rate.is_finite() && t.learning_rate >= 0.0,
+                "train.learning_rate: must not be negative",
+            ),
+            (
+                t.max_grad_norm > 0.0,
+                "train.max_grad_norm: must be above 0",
+            ),
+            (
+                t.clip_low >= 0.0 && t.clip_low <= 1.0,
+                "train.clip_low: must be from 0 to 1",
+            ),
             (t.clip_high >= 0.0, "train.clip_high: must not be negative"),
-            (t.dual_clip.is_none_or(|c| c > 1.0), "train.dual_clip: must be above 1"),
-            (t.checkpoint_every > 0, "train.checkpoint_every: must be at least 1"),
+            (
+                t.dual_clip.is_none_or(|c| c > 1.0),
+                "train.dual_clip: must be above 1",
+            ),
+            (
+                t.checkpoint_every > 0,
+                "train.checkpoint_every: must be at least 1",
+            ),
             (self.eval.repeats > 0, "eval.repeats: must be at least 1"),
-            (self.eval.permutations > 0, "eval.permutations: must be at least 1"),
+            (
+                self.eval.permutations > 0,
+                "eval.permutations: must be at least 1",
+            ),
         ];
         for (holds, rule) in rules {
             ensure!(holds, "{rule}");

@@ -95,7 +95,11 @@ pub fn eval<B: Backend + Clone>(
         );
     }
     let session = Session::load(device.clone(), config, folder.as_deref(), false)?;
-    let stage = if checkpoint.is_some() { "after" } else { "before" };
+    let stage = if checkpoint.is_some() {
+        "after"
+    } else {
+        "before"
+    };
     let candidates = candidates(&session, config, run, stage, tasks)?;
     let outcomes = verdicts(config, &candidates, &problems)?;
     let judgments = judge(&session, config, run, stage, tasks, &candidates, &outcomes)?;
@@ -138,7 +142,10 @@ fn candidates<B: Backend>(
         "eval",
         &tasks,
         config.group.size as u32 * config.eval.repeats,
-        &config.eval.sampling.settings(config.sample.sampling.max_tokens),
+        &config
+            .eval
+            .sampling
+            .settings(config.sample.sampling.max_tokens),
         &done,
         |candidate| partial.push(candidate),
     )?;
@@ -157,10 +164,9 @@ fn verdicts(
     let mut verdicts = vec![None; candidates.len()];
     let (mut programs, mut owners) = (Vec::new(), Vec::new());
     for (i, candidate) in candidates.iter().enumerate() {
-        if let (Some(code), Some(task)) = (
-            &candidate.program,
-            by_id.get(candidate.problem.as_str()),
-        ) {
+        if let (Some(code), Some(task)) =
+            (&candidate.program, by_id.get(candidate.problem.as_str()))
+        {
             programs.push(program(task, code));
             owners.push(i);
         }
@@ -214,7 +220,10 @@ fn judge<B: Backend>(
                 program: program.clone(),
                 right: *verdict == Some(Verdict::Passed),
                 verdict: match verdict {
-                    Some(v) => v.to_string(),
+                    Some(v) => serde_json::to_value(v)
+                        .ok()
+                        .and_then(|v| v.as_str().map(str::to_owned))
+                        .unwrap_or_default(),
                     None => candidate.no_program.clone().unwrap_or_default(),
                 },
             })
@@ -224,14 +233,19 @@ fn judge<B: Backend>(
             if done.contains(&(problem.clone(), repeat, permutation)) {
                 continue;
             }
-            let question =
-                Question::new(session, config, task, &programs, &group, permutation)?;
+            let question = Question::new(session, config, task, &programs, &group, permutation)?;
             requests.push(Request {
                 prompt: question.tokens.clone(),
                 samples: 1,
                 seed: derive_seed(config.seed, &[&group, &permutation.to_string()]),
             });
-            questions.push((question, problem.clone(), repeat, permutation, shown.clone()));
+            questions.push((
+                question,
+                problem.clone(),
+                repeat,
+                permutation,
+                shown.clone(),
+            ));
         }
     }
     if !requests.is_empty() {

@@ -74,7 +74,11 @@ pub fn group(config: &Config, run: &RunFolder) -> Result<GroupSummary> {
         }
         if let Some(program) = programs.get(&(v.problem.as_str(), v.sample)) {
             let pool = pools.entry(&v.problem).or_default();
-            pool.push((v.sample, (*program).to_owned(), v.verdict == Verdict::Passed));
+            pool.push((
+                v.sample,
+                (*program).to_owned(),
+                v.verdict == Verdict::Passed,
+            ));
         }
     }
     let mut summary = GroupSummary {

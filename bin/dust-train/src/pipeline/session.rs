@@ -203,7 +203,5 @@ pub fn derive_seed(seed: u64, parts: &[&str]) -> u64 {
         hash.update(part.as_bytes());
     }
     let digest = hash.finalize();
-    digest[..8]
-        .iter()
-        .fold(0, |n, &b| n << 8 | u64::from(b))
+    digest[..8].iter().fold(0, |n, &b| n << 8 | u64::from(b))
 }

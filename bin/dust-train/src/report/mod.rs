@@ -67,8 +67,6 @@ pub struct Example {
     pub id: String,
     /// Its statement.
     pub statement: String,
-    /// The candidates.
-    pub candidates: Vec<Candidate>,
     /// The judgment before training.
     pub before: Shown,
     /// The judgment after training.
@@ -86,9 +84,11 @@ pub struct Candidate {
     pub right: bool,
 }
 
-/// A judgment as the judge wrote it.
+/// A group of candidates and the judgment of it. The model's programs differ before and after.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Shown {
+    /// The candidates.
+    pub candidates: Vec<Candidate>,
     /// The judge's text.
     pub text: String,
     /// The candidates (from 0) from best to worst; nothing if there is no valid ranking.

@@ -28,6 +28,13 @@ fn side(shift: usize) -> Vec<Problem> {
 
 fn data() -> ReportData {
     let judgment = |ranking| Shown {
+        candidates: (0..4)
+            .map(|i| Candidate {
+                program: format!("def f(x):\n    return x + {i}  # {HOSTILE}"),
+                verdict: if i == 1 { "passed" } else { "wrong_answer" }.into(),
+                right: i == 1,
+            })
+            .collect(),
         text: format!("Candidate 2 handles the empty list. {HOSTILE}\n\nRanking: 2 > 1 > 4 > 3"),
         ranking,
         reward: 0.75,
@@ -58,13 +65,6 @@ fn data() -> ReportData {
         examples: vec![Example {
             id: format!("builtin/second_largest {HOSTILE}"),
             statement: format!("Write a function. {HOSTILE}"),
-            candidates: (0..4)
-                .map(|i| Candidate {
-                    program: format!("def f(x):\n    return x + {i}  # {HOSTILE}"),
-                    verdict: if i == 1 { "passed" } else { "wrong_answer" }.into(),
-                    right: i == 1,
-                })
-                .collect(),
             before: judgment(None),
             after: judgment(Some(vec![1, 0, 3, 2])),
         }],

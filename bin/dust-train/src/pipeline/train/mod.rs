@@ -88,17 +88,18 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
         check_interrupt()?;
     }
     bar.finish_and_clear();
-    session.model.save(
-        device,
-        &run.file(FINAL),
-        Dtype::F32,
-        &session.text_files,
-    )?;
+    session
+        .model
+        .save(device, &run.file(FINAL), Dtype::F32, &session.text_files)?;
     run.finish(METRICS, log, |m| m.step)?;
     // The folder holds the weights now; the moments have no further use.
     std::fs::remove_file(run.file(state::STATE))
         .with_context(|| format!("{}: cannot be removed", run.file(state::STATE).display()))?;
-    eprintln!("train: {} steps, model in {}", config.train.steps, run.file(FINAL).display());
+    eprintln!(
+        "train: {} steps, model in {}",
+        config.train.steps,
+        run.file(FINAL).display()
+    );
     Ok(())
 }
 

@@ -74,7 +74,11 @@ impl<B: Backend> Optimizer<B> {
         for (((spec, stored), grad), (m, v)) in trees {
             let config = AdamWConfig {
                 step: self.updates,
-                weight_decay: if spec.matrix { config.weight_decay } else { 0.0 },
+                weight_decay: if spec.matrix {
+                    config.weight_decay
+                } else {
+                    0.0
+                },
                 ..config
             };
             let (master, copy) = match stored {
@@ -82,16 +86,7 @@ impl<B: Backend> Optimizer<B> {
                 Stored::Mixed(master, copy) => (master, Some(copy)),
                 Stored::Bf16(_) => bail!("the model was loaded without master weights"),
             };
-            device.adamw(
-                &config,
-                spec.len(),
-                &self.scale,
-                grad,
-                master,
-                m,
-                v,
-                copy,
-            )?;
+            device.adamw(&config, spec.len(), &self.scale, grad, master, m, v, copy)?;
             device.fill_zero(grad)?;
         }
         let mut norm = [0.0];

@@ -39,7 +39,9 @@ impl Rolled {
     }
 
     pub fn truncated(&self) -> usize {
-        self.answers().filter(|a| a.finish == Finish::Length).count()
+        self.answers()
+            .filter(|a| a.finish == Finish::Length)
+            .count()
     }
 }
 
@@ -113,6 +115,7 @@ pub(super) fn roll<B: Backend>(
         answers.sort_by_key(|a| a.sample);
         for answer in answers.iter() {
             let read = question.read(config, thinking, &session.text(&answer.tokens));
+            valid.push(read.is_ok());
             match read {
                 Ok((ranking, first)) => {
                     picked_first[first] += 1;
@@ -121,7 +124,6 @@ pub(super) fn roll<B: Backend>(
                 // No permutation, which the reward kernel takes as invalid.
                 Err(_) => order.extend(std::iter::repeat_n(u32::MAX, k)),
             }
-            valid.push(read.is_ok());
             labels.extend(group.labels.iter().map(|&y| f32::from(u8::from(y))));
         }
     }

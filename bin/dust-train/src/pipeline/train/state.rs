@@ -69,7 +69,8 @@ pub(super) fn save<B: Backend>(
     safetensors::serialize_to_file(tensors, Some(metadata), &partial)
         .with_context(|| format!("{}: cannot be written", partial.display()))?;
     File::open(&partial)?.sync_all()?;
-    fs::rename(&partial, &path).with_context(|| format!("{}: cannot be written", path.display()))?;
+    fs::rename(&partial, &path)
+        .with_context(|| format!("{}: cannot be written", path.display()))?;
     Ok(())
 }
 
@@ -92,17 +93,21 @@ pub(super) fn load<B: Backend>(
         .map_err(|e| anyhow::anyhow!("{name}: damaged: {e}; remove it to train from the start"))?;
     let metadata = header.metadata().clone().unwrap_or_default();
     let field = |key: &str| {
-        metadata
-            .get(key)
-            .with_context(|| format!("{name}: {key}: missing; remove the file to train from the start"))
+        metadata.get(key).with_context(|| {
+            format!("{name}: {key}: missing; remove the file to train from the start")
+        })
     };
     ensure!(
         field("groups_sha256")? == groups,
         "{name}: groups_sha256: the checkpoint was trained on another group file; \
          remove it to train from the start"
     );
-    let steps = field("steps")?.parse().with_context(|| format!("{name}: steps"))?;
-    optimizer.updates = field("updates")?.parse().with_context(|| format!("{name}: updates"))?;
+    let steps = field("steps")?
+        .parse()
+        .with_context(|| format!("{name}: steps"))?;
+    optimizer.updates = field("updates")?
+        .parse()
+        .with_context(|| format!("{name}: updates"))?;
     let tensors = SafeTensors::deserialize(&bytes).with_context(|| format!("{name}: damaged"))?;
     let values = |kind: &str, i: usize, len: usize| -> Result<Vec<f32>> {
         let tensor = tensors
@@ -113,7 +118,9 @@ pub(super) fn load<B: Backend>(
             "{name}: {kind}.{i}: has shape {:?}, the model needs [{len}]",
             tensor.shape()
         );
-        Ok(bytemuck::pod_collect_to_vec(tensor.data()))
+        // The file does not align its data, so no cast.
+        let bytes = tensor.data().as_chunks::<4>().0;
+        Ok(bytes.iter().map(|&b| f32::from_le_bytes(b)).collect())
     };
     for (i, stored) in model.params.iter_mut().enumerate() {
         match stored {

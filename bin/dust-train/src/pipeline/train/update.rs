@@ -279,9 +279,7 @@ impl<B: Backend> Updater<B> {
             clipped_low: per_token(stats.clipped_low),
             clipped_high: per_token(stats.clipped_high),
             clipped_dual: per_token(stats.clipped_dual),
-            clip_fraction: per_token(
-                stats.clipped_low + stats.clipped_high + stats.clipped_dual,
-            ),
+            clip_fraction: per_token(stats.clipped_low + stats.clipped_high + stats.clipped_dual),
             mismatch: sums.mismatch,
             grad_norm: mean(sums.norms.iter().copied()),
             learning_rate: f64::from(learning_rate),
