@@ -179,9 +179,10 @@ impl<B: Stored> Block<'_, '_, B> {
     unsafe fn pack_b<S: Simd>(&self, packed: &mut [f32], k: usize, depth: usize) {
         let p = self.product;
         let nr = 2 * S::LANES;
-        for j in (0..self.columns).step_by(nr) {
-            let width = nr.min(self.columns - j);
-            for q in 0..depth {
+        // Along the rows of b, which is how they lie in memory.
+        for q in 0..depth {
+            for j in (0..self.columns).step_by(nr) {
+                let width = nr.min(self.columns - j);
                 let from = &p.b[(k + q) * p.n + self.j + j..][..width];
                 let to = &mut packed[j * depth + q * nr..][..nr];
                 to[width..].fill(0.0);
