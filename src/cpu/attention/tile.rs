@@ -125,14 +125,28 @@ impl Product {
                 }
             }
             for _ in 0..limits[0] {
-                let mut right = [S::zero(); V];
-                for (v, right) in right.iter_mut().enumerate() {
-                    *right = S::load(b.add(v * S::LANES));
-                }
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let left = S::splat(*a.add(r * self.a_row));
+                // The fewer of the two operands are held, so that 16 registers do.
+                if R < V {
+                    let mut left = [S::zero(); R];
+                    for (r, left) in left.iter_mut().enumerate() {
+                        *left = S::splat(*a.add(r * self.a_row));
+                    }
                     for v in 0..V {
-                        acc[v] = left.fma(right[v], acc[v]);
+                        let right = S::load(b.add(v * S::LANES));
+                        for r in 0..R {
+                            acc[r][v] = left[r].fma(right, acc[r][v]);
+                        }
+                    }
+                } else {
+                    let mut right = [S::zero(); V];
+                    for (v, right) in right.iter_mut().enumerate() {
+                        *right = S::load(b.add(v * S::LANES));
+                    }
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let left = S::splat(*a.add(r * self.a_row));
+                        for v in 0..V {
+                            acc[v] = left.fma(right[v], acc[v]);
+                        }
                     }
                 }
                 a = a.add(self.a_step);
