@@ -133,8 +133,8 @@ impl Product {
                     }
                     for v in 0..V {
                         let right = S::load(b.add(v * S::LANES));
-                        for r in 0..R {
-                            acc[r][v] = left[r].fma(right, acc[r][v]);
+                        for (left, acc) in left.iter().zip(&mut acc) {
+                            acc[v] = left.fma(right, acc[v]);
                         }
                     }
                 } else {
