@@ -1,1 +1,2 @@
 //! Trainer.
+pub mod sandbox;
