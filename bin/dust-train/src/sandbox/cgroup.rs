@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use anyhow::{Context, Result, bail};
 
+use super::janitor;
+
 const ROOT: &str = "/sys/fs/cgroup";
 static COUNTER: AtomicU64 = AtomicU64::new(0);
 
@@ -28,13 +30,14 @@ impl Cgroup {
     /// Makes one below our own, or says why it cannot.
     pub fn create() -> Result<Self> {
         let own = fs::read_to_string("/proc/self/cgroup").context("cgroup: /proc/self/cgroup")?;
-        let name = format!(
-            "dust-sandbox-{}-{}",
-            std::process::id(),
-            COUNTER.fetch_add(1, Ordering::Relaxed)
-        );
+        let name = format!("{}{}", janitor::prefix(), COUNTER.fetch_add(1, Ordering::Relaxed));
         v2(&own, &name)
             .or_else(|two| v1(&own, &name).map_err(|one| anyhow::anyhow!("{two:#}; {one:#}")))
+    }
+
+    /// The folders that it lies in.
+    pub fn parents(&self) -> impl Iterator<Item = &Path> {
+        self.folders.iter().filter_map(|folder| folder.parent())
     }
 
     pub fn version(&self) -> u8 {

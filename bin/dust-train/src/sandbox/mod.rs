@@ -23,6 +23,7 @@
 mod cgroup;
 mod data;
 mod effective;
+mod janitor;
 mod landlock;
 mod program;
 mod seccomp;
@@ -85,7 +86,10 @@ impl Setup {
     fn start_zygote(&self) -> Result<Zygote> {
         let cgroup = Cgroup::create();
         let adopt = |pid| cgroup.as_ref().map_or(Ok(()), |c| c.adopt(pid));
-        let mut zygote = Zygote::start(&self.python, &std::env::temp_dir(), adopt)?;
+        let scratch_root = std::env::temp_dir();
+        let groups = cgroup.iter().flat_map(Cgroup::parents);
+        janitor::start(groups.chain([scratch_root.as_path()]));
+        let mut zygote = Zygote::start(&self.python, &scratch_root, adopt)?;
         match cgroup {
             Ok(cgroup) => {
                 cgroup.settle();

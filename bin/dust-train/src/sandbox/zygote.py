@@ -130,6 +130,8 @@ def boot():
     elif os.geteuid() == 0 and config["uid"]:
         os.setresgid(config["uid"], config["uid"], config["uid"])
         os.setresuid(config["uid"], config["uid"], config["uid"])
+        if not os.access(os.__file__, os.R_OK):
+            raise PermissionError(f"the unprivileged user cannot read {sys.base_prefix}; choose another interpreter")
     libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0)
     check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
     if config["ruleset"] is not None:

@@ -18,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
 use super::cgroup::Cgroup;
-use super::{landlock, seccomp};
+use super::{janitor, landlock, seccomp};
 
 const SCRIPT: &str = include_str!("zygote.py");
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
@@ -182,7 +182,7 @@ impl Zygote {
             None
         };
         let scratch = tempfile::Builder::new()
-            .prefix("dust-sandbox-")
+            .prefix(&janitor::prefix())
             .tempdir_in(scratch_root)
             .context("sandbox: no scratch folder")?;
         if root {
