@@ -30,7 +30,11 @@ impl Cgroup {
     /// Makes one below our own, or says why it cannot.
     pub fn create() -> Result<Self> {
         let own = fs::read_to_string("/proc/self/cgroup").context("cgroup: /proc/self/cgroup")?;
-        let name = format!("{}{}", janitor::prefix(), COUNTER.fetch_add(1, Ordering::Relaxed));
+        let name = format!(
+            "{}{}",
+            janitor::prefix(),
+            COUNTER.fetch_add(1, Ordering::Relaxed)
+        );
         v2(&own, &name)
             .or_else(|two| v1(&own, &name).map_err(|one| anyhow::anyhow!("{two:#}; {one:#}")))
     }

@@ -8,7 +8,7 @@
 # End of file on the control socket means that the parent is gone: kill the box and leave.
 
 import array, ctypes, gc, json, os, resource, select, signal, socket, struct, sys
-import atexit, builtins, io, linecache, threading, traceback, types
+import _sitebuiltins, atexit, builtins, io, linecache, threading, traceback, types
 
 libc = ctypes.CDLL(None, use_errno=True)
 CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x00020000, 0x02000000, 0x04000000
@@ -391,9 +391,10 @@ def describe(error):
 
 def show(error):
     """The traceback as the interpreter prints it, without our own frame."""
-    trace = error.__traceback__
     try:
-        sys.excepthook(type(error), error, trace.tb_next if trace else None)
+        trace = error.__traceback__
+        error = error.with_traceback(trace.tb_next if trace else None)
+        sys.excepthook(type(error), error, error.__traceback__)
     except BaseException:
         pass
 
@@ -612,6 +613,9 @@ def warm():
         exec(f"from {name} import *", PRELUDE)
         exec(f"import {name}", PRELUDE)
     del PRELUDE["__builtins__"]
+    # `site` would bring these, and much else; scripts do end with them.
+    builtins.quit = _sitebuiltins.Quitter("quit", "Ctrl-D (i.e. EOF)")
+    builtins.exit = _sitebuiltins.Quitter("exit", "Ctrl-D (i.e. EOF)")
 
 
 if __name__ == "__main__":
