@@ -64,7 +64,8 @@ impl Batch {
                     prefix_len: prompt.len() as u32,
                 });
             }
-            self.target_rows.push(prompt_start + prompt.len() as u32 - 1);
+            self.target_rows
+                .push(prompt_start + prompt.len() as u32 - 1);
             self.target_rows.extend(start..start + inputs.len() as u32);
             self.targets.extend_from_slice(answer);
         }

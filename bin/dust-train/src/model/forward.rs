@@ -128,7 +128,14 @@ impl<B: Backend> Model<B> {
                     ..
                 } = &mut ws.layers[slot];
                 device.add_rms_norm(
-                    shape, eps, mid, &ws.branch, weight, next, attn_normed, attn_rstd,
+                    shape,
+                    eps,
+                    mid,
+                    &ws.branch,
+                    weight,
+                    next,
+                    attn_normed,
+                    attn_rstd,
                 )?;
             } else {
                 let [now, following] = ws.layers.get_disjoint_mut([slot, next_slot])?;

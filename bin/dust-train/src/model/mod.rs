@@ -151,11 +151,7 @@ impl<B: Backend> Model<B> {
     ///
     /// # Errors
     /// Only what the device reports.
-    pub fn with_params(
-        device: &B,
-        config: ModelConfig,
-        params: Params<Stored<B>>,
-    ) -> Result<Self> {
+    pub fn with_params(device: &B, config: ModelConfig, params: Params<Stored<B>>) -> Result<Self> {
         let frequencies = config.rope_frequencies();
         let positions = config.max_positions.min(MAX_TABLE);
         let table = |f: fn(f64) -> f64| -> Vec<f32> {
@@ -251,10 +247,7 @@ impl<B: Backend> Model<B> {
 
 /// Copies of parameters, for the frozen reference of the KL term: weights only.
 pub fn freeze<B: Backend>(device: &B, model: &Model<B>) -> Result<Model<B>> {
-    fn copy<B: Backend, T: dust_kernels::Element>(
-        device: &B,
-        b: &B::Buf<T>,
-    ) -> Result<B::Buf<T>> {
+    fn copy<B: Backend, T: dust_kernels::Element>(device: &B, b: &B::Buf<T>) -> Result<B::Buf<T>> {
         let mut new = device.zeros(b.len())?;
         device.copy(b, 0, &mut new, 0, b.len())?;
         Ok(new)

@@ -54,7 +54,14 @@ impl<B: Backend> Pages<B> {
     }
 
     /// Copies the first `tokens` tokens of page `from` to page `to`, in every layer.
-    pub fn copy(&mut self, device: &B, from: u32, to: u32, tokens: usize, width: usize) -> Result<()> {
+    pub fn copy(
+        &mut self,
+        device: &B,
+        from: u32,
+        to: u32,
+        tokens: usize,
+        width: usize,
+    ) -> Result<()> {
         let start = |page: u32| page as usize * CHUNK * width;
         for (k, v) in &mut self.cache {
             for buffer in [k, v] {
