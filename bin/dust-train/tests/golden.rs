@@ -395,6 +395,8 @@ fn two_steps_of_adamw() {
             let what = |of: &str| format!("{name}: {of} {step}");
             assert_within(&what("loss"), (pass.loss() / expected - 1.0).abs(), 1e-4);
             let (norm, scale) = pass.norm(case.max_norm);
+            // After the first step the few parameters whose gradient's sign is a matter of rounding
+            // lie elsewhere, and all gradients with them.
             let d = (f64::from(norm) / case.grad_norms[step - 1] - 1.0).abs();
             assert_within(&what("gradient norm"), d, [1e-5, 1e-4][step - 1]);
 
