@@ -255,7 +255,8 @@ impl<B: Backend> Engine<B> {
             model,
             settings,
             stops: StopStrings::new(stops),
-            waiting: requests.iter().enumerate().collect(),
+            requests,
+            next: 0,
             prompts: VecDeque::new(),
             running: Vec::new(),
         };
@@ -272,7 +273,9 @@ struct Run<'a, B: Backend> {
     model: &'a Model<B>,
     settings: &'a SamplingSettings,
     stops: StopStrings<'a>,
-    waiting: VecDeque<(usize, &'a Request)>,
+    requests: &'a [Request],
+    /// The first request that has not been taken in.
+    next: usize,
     /// Prompts in the cache or on their way into it; only the last may be unfinished.
     prompts: VecDeque<Prompt>,
     running: Vec<Running>,
@@ -301,7 +304,10 @@ impl<B: Backend> Run<'_, B> {
                 }
                 continue;
             };
-            if prompt.cached < prompt.to_cache() || !self.start_sample()? {
+            if prompt.cached < prompt.to_cache() {
+                break;
+            }
+            if !self.start_sample()? && !(self.running.is_empty() && self.put_back_prompt()) {
                 break;
             }
         }
@@ -309,13 +315,12 @@ impl<B: Backend> Run<'_, B> {
         if self.prompts.len() < 2 {
             self.take_prompt();
         }
+        let stuck = match self.prompts.front() {
+            None => self.next < self.requests.len(),
+            Some(prompt) => prompt.cached == prompt.to_cache(),
+        };
         ensure!(
-            !(self.running.is_empty() && self.prompts.is_empty() && !self.waiting.is_empty())
-                && !(self.running.is_empty()
-                    && self
-                        .prompts
-                        .front()
-                        .is_some_and(|p| p.cached == p.to_cache())),
+            !(stuck && self.running.is_empty()),
             "the key/value cache of {} tokens has no room for one prompt and its answer: \
              ask for a larger cache or shorter answers",
             self.engine.config.cache_tokens
@@ -323,19 +328,34 @@ impl<B: Backend> Run<'_, B> {
         Ok(())
     }
 
-    fn take_prompt(&mut self) -> bool {
-        let Some(&(index, request)) = self.waiting.front() else {
+    /// Gives up a prompt that was taken in ahead: it may hold the pages that the first one's sample
+    /// waits for.
+    fn put_back_prompt(&mut self) -> bool {
+        if self.prompts.len() < 2 {
+            return false;
+        }
+        let Some(prompt) = self.prompts.pop_back() else {
             return false;
         };
+        self.engine.pages.release(&prompt.pages);
+        self.next = prompt.request;
+        true
+    }
+
+    fn take_prompt(&mut self) -> bool {
+        let Some(request) = self.requests.get(self.next) else {
+            return false;
+        };
+        let index = self.next;
+        if request.samples == 0 {
+            self.next += 1;
+            return true;
+        }
         let pages = (request.prompt.len() - 1).div_ceil(CHUNK);
         let Some(pages) = self.engine.pages.take(pages) else {
             return false;
         };
-        self.waiting.pop_front();
-        if request.samples == 0 {
-            self.engine.pages.release(&pages);
-            return true;
-        }
+        self.next += 1;
         self.prompts.push_back(Prompt {
             request: index,
             tokens: request.prompt.as_slice().into(),
