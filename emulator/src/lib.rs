@@ -2,10 +2,14 @@
 
 pub mod config;
 pub mod device;
+#[allow(non_snake_case)] // the names are CUDA's own
+pub mod driver;
+mod install;
 pub mod machine;
 pub mod ptx;
 pub mod report;
 
 pub use config::{BlockOrder, Checks, Config, CopyAsync, MmaRounding, Schedule};
 pub use device::{Arg, Device, Error, Module};
+pub use install::{Emulator, InstallError, install};
 pub use report::{Counters, Finding, Kind, LaunchReport};

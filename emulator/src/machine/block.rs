@@ -176,7 +176,7 @@ impl<'l> Context<'l> {
             .iter()
             .find(|(n, _)| *n == instr.source.0);
         match file {
-            Some((path, _)) => format!("{path}:{} (ptx line {})", instr.source.1, instr.line),
+            Some((_, path)) => format!("{path}:{} (ptx line {})", instr.source.1, instr.line),
             None => format!("ptx line {}", instr.line),
         }
     }

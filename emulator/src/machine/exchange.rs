@@ -29,7 +29,9 @@ impl Warp {
                 .filter(|l| masks[*l] == wanted)
                 .fold(0, |m, l| m | 1 << l);
             left &= !same;
-            if wanted >> lane & 1 == 0 {
+            let outside = same & !wanted;
+            if outside != 0 {
+                let lane = outside.trailing_zeros();
                 let message =
                     format!("lane {lane} is not in the lane mask {wanted:#010x} that it gives");
                 return Err(ctx.fault(self, instr, Kind::AbsentLane, lane, message));
