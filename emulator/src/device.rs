@@ -168,8 +168,16 @@ impl Device {
     /// Parses and decodes PTX text and allocates its variables.
     pub fn load(&mut self, text: &str) -> Result<Module, Error> {
         let ast = ptx::parse(text)?;
+        let mut module = Module::default();
+        let loaded = self.load_into(&ast, &mut module);
+        if loaded.is_err() {
+            self.unload(&module);
+        }
+        loaded.map(|()| module)
+    }
+
+    fn load_into(&mut self, ast: &ptx::Module, module: &mut Module) -> Result<(), Error> {
         let mut addresses: HashMap<String, u64> = HashMap::new();
-        let mut globals = HashMap::new();
         let variables = || ast.variables.iter().filter(|v| v.space != Space::Shared);
         for v in variables() {
             if v.external {
@@ -184,7 +192,7 @@ impl Device {
                 .allocate(v.size, self.config.memory, false)
                 .ok_or(Error::OutOfMemory(v.size))?;
             addresses.insert(v.name.to_string(), address);
-            globals.insert(v.name.to_string(), (address, v.size));
+            module.globals.insert(v.name.to_string(), (address, v.size));
         }
         let mut functions = HashMap::new();
         for v in variables() {
@@ -209,14 +217,11 @@ impl Device {
                 format!("{name} is not a variable; tables of functions are not implemented");
             return Err(PtxError::new(line, message).into());
         }
-        let mut kernels = HashMap::new();
         for f in ast.functions.iter().filter(|f| f.entry) {
-            kernels.insert(
-                f.name.to_string(),
-                Arc::new(decode::kernel(&ast, f, &addresses)?),
-            );
+            let kernel = decode::kernel(ast, f, &addresses)?;
+            module.kernels.insert(f.name.to_string(), Arc::new(kernel));
         }
-        Ok(Module { kernels, globals })
+        Ok(())
     }
 
     /// Frees a module's variables.

@@ -6,6 +6,7 @@ pub mod device;
 pub mod driver;
 mod install;
 pub mod machine;
+pub mod npy;
 pub mod ptx;
 pub mod report;
 

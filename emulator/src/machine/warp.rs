@@ -24,7 +24,9 @@ pub enum Wait {
     Aligned,
     /// A block barrier; with where its reduction goes.
     Barrier {
+        /// The barrier.
         id: usize,
+        /// Kind of reduction and where its result goes.
         reduce: Option<(BarReduce, usize)>,
     },
 }
