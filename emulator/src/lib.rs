@@ -4,6 +4,7 @@ pub mod config;
 pub mod device;
 #[allow(non_snake_case)] // the names are CUDA's own
 pub mod driver;
+pub mod estimate;
 mod install;
 pub mod machine;
 pub mod npy;

@@ -272,7 +272,21 @@ pub fn f32_odd(x: f64) -> f32 {
 }
 
 /// Steps from an f64 rounded to nearest to the given rounding, knowing the sign of what was lost.
-pub fn direct(nearest: f64, error: f64, round: Round) -> f64 {
+/// `finite` tells that the operands were, so that an infinity is an overflow.
+pub fn direct(nearest: f64, error: f64, finite: bool, round: Round) -> f64 {
+    if nearest.is_infinite() && finite {
+        let away = match round {
+            Round::Nearest => true,
+            Round::Zero => false,
+            Round::Down => nearest < 0.0,
+            Round::Up => nearest > 0.0,
+        };
+        return if away {
+            nearest
+        } else {
+            f64::MAX.copysign(nearest)
+        };
+    }
     if error == 0.0 || !nearest.is_finite() || error.is_nan() {
         return nearest;
     }

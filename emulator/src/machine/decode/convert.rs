@@ -645,7 +645,10 @@ impl<'a> Body<'_, '_, 'a> {
         let simple = !sat && !relu && !finite;
         let fast: Option<AluFn> = match (to, from) {
             (t, f) if t.integer() && f.integer() && !sat => integer_conversion(t, f, have),
-            (Type::F32, Type::F16) if simple && !ftz => Some(alu!(f32; a: u16; num::f16_to_f32(a))),
+            (Type::F32, Type::F16) if simple && !ftz => Some(alu!(u32; a: u16; {
+                let x = num::f16_to_f32(a);
+                if x.is_nan() { 0x7fff_ffff } else { x.to_bits() }
+            })),
             (Type::F32, Type::Bf16) if simple && !ftz => {
                 Some(alu!(f32; a: u16; num::bf16_to_f32(a)))
             }
@@ -673,9 +676,9 @@ impl<'a> Body<'_, '_, 'a> {
                 Some(alu!(i32; a: f32; a as i32))
             }
             (Type::F64, Type::F32) if simple && !ftz => Some(alu!(f64; a: f32; a as f64)),
-            (Type::F32, Type::F64) if simple && !ftz && round == Round::Nearest => Some(
-                alu!(f32; a: f64; if a.is_nan() { f32::from_bits(0x7fff_ffff) } else { a as f32 }),
-            ),
+            (Type::F32, Type::F64) if simple && !ftz && round == Round::Nearest => {
+                Some(alu!(u32; a: f64; if a.is_nan() { 0x7fff_ffff } else { (a as f32).to_bits() }))
+            }
             (Type::F64, Type::S32) if simple => Some(alu!(f64; a: i32; a as f64)),
             (Type::F64, Type::U32) if simple => Some(alu!(f64; a: u32; a as f64)),
             _ => None,
@@ -964,7 +967,7 @@ fn integer_value(ty: Type, bits: u64) -> i128 {
 
 fn integer_to_f64(v: i128, round: Round) -> f64 {
     let x = v as f64;
-    num::direct(x, (v - x as i128) as f64, round)
+    num::direct(x, (v - x as i128) as f64, true, round)
 }
 
 fn integer_odd(v: i128) -> f64 {

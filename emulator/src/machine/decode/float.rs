@@ -27,10 +27,13 @@ fn finish<const FTZ: bool, const SAT: bool>(x: f32) -> f32 {
         } else {
             0.0
         }
-    } else if x.is_nan() {
-        NAN32
     } else {
-        x
+        // As integers: to LLVM all NaNs are alike, it would drop a selection between two.
+        f32::from_bits(if x.is_nan() {
+            NAN32.to_bits()
+        } else {
+            x.to_bits()
+        })
     }
 }
 
@@ -375,24 +378,24 @@ impl<'a> Body<'_, '_, 'a> {
         let f: AluFn = match (opcode, round.unwrap_or(Nearest)) {
             ("add", Nearest) => alu!(f64; a: f64, b: f64; a + b),
             ("add", Zero) => {
-                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), Zero) })
+                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), a.is_finite() && b.is_finite(), Zero) })
             }
             ("add", Down) => {
-                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), Down) })
+                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), a.is_finite() && b.is_finite(), Down) })
             }
             ("add", Up) => {
-                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), Up) })
+                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), a.is_finite() && b.is_finite(), Up) })
             }
             ("sub", Nearest) => alu!(f64; a: f64, b: f64; a - b),
             ("mul", Nearest) => alu!(f64; a: f64, b: f64; a * b),
             ("mul", Zero) => {
-                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), Zero) })
+                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), a.is_finite() && b.is_finite(), Zero) })
             }
             ("mul", Down) => {
-                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), Down) })
+                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), a.is_finite() && b.is_finite(), Down) })
             }
             ("mul", Up) => {
-                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), Up) })
+                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), a.is_finite() && b.is_finite(), Up) })
             }
             ("fma" | "mad", Nearest) => alu!(f64; a: f64, b: f64, c: f64; a.mul_add(b, c)),
             ("div", Nearest) => alu!(f64; a: f64, b: f64; a / b),
@@ -685,8 +688,8 @@ impl<'a> Body<'_, '_, 'a> {
 
 fn sum(a: f32, b: f32, round: Round) -> f32 {
     let s = num::add_odd(a as f64, b as f64);
-    // An exact zero from opposite operands is -0 when rounding down.
-    if s == 0.0 && round == Round::Down && a != 0.0 {
+    // Rounding down, a zero is -0 unless both operands are +0.
+    if s == 0.0 && round == Round::Down && (a.is_sign_negative() || b.is_sign_negative()) {
         return -0.0;
     }
     num::f32_from_f64(s, round)
@@ -694,7 +697,8 @@ fn sum(a: f32, b: f32, round: Round) -> f32 {
 
 fn fma(a: f32, b: f32, c: f32, round: Round) -> f32 {
     let s = num::fma_odd(a as f64, b as f64, c as f64);
-    if s == 0.0 && round == Round::Down && c != 0.0 {
+    let product_negative = a.is_sign_negative() != b.is_sign_negative();
+    if s == 0.0 && round == Round::Down && (product_negative || c.is_sign_negative()) {
         return -0.0;
     }
     num::f32_from_f64(s, round)
