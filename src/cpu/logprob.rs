@@ -444,6 +444,10 @@ mod tests {
     use super::*;
     use crate::Device;
 
+    fn log_sum_exp(level: Level, logits: &[f32], inverse_temperature: f32) -> LogSumExp {
+        State::finish(states(level, logits, inverse_temperature))
+    }
+
     /// What the sampler does with written logits is what training does without them.
     #[test]
     fn logits_and_their_log_sum_exp_have_the_bits_of_the_fused_head() -> Result<()> {
