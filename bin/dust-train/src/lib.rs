@@ -4,6 +4,7 @@
 //! used and tested from outside.
 
 pub mod checkpoint;
+pub mod cli;
 pub mod judge;
 pub mod metrics;
 pub mod model;

@@ -1,0 +1,335 @@
+//! `bench`: how fast a model runs and trains on this machine.
+
+use std::io::{self, Write};
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use dust_kernels::adamw::{AdamW, AdamWConfig};
+use dust_kernels::{Buffer, Cpu, Device};
+use serde::Serialize;
+
+use super::interrupt::{self, Interrupted};
+use super::model::{Loaded, ModelArgs};
+use crate::checkpoint::Checkpoint;
+use crate::model::{Batch, Model, Params, Purpose, Storage, Stored, Workspace};
+use crate::rollout::{Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
+
+/// Measure tokens per second: prefill, decode, training.
+///
+///   prefill      one forward pass over 512 tokens, the head on the last
+///   decode B     B samples of different prompts in the rollout engine, context 96 to 160
+///   train 4x512  forward, log-probabilities, backward, global norm and AdamW in f32
+///
+/// Each figure is the median of the rounds, after one round that does not count.
+#[derive(clap::Args)]
+#[command(after_help = "Example:\n  dust-train bench --model model.gguf --dtype bf16 --json")]
+pub(super) struct Args {
+    #[command(flatten)]
+    model: ModelArgs,
+
+    /// Measurements of each figure.
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    rounds: u16,
+
+    /// One line of JSON instead of a table.
+    #[arg(long)]
+    json: bool,
+
+    /// Measure instead what sharing the prompt saves in training: one prompt of 512 tokens with 8
+    /// answers of 64, against 8 whole sequences (layers recomputed in both).
+    #[arg(long)]
+    shared_prefix: bool,
+}
+
+const PREFILL: usize = 512;
+const DECODE_PROMPT: usize = 96;
+const DECODE_STEPS: usize = 64;
+const TRAIN: (usize, usize) = (4, 512);
+const GROUP: (usize, usize, usize) = (512, 8, 64);
+
+/// Tokens per second.
+#[derive(Serialize)]
+struct Speeds {
+    dtype: Storage,
+    prefill_512: f64,
+    decode_1: f64,
+    decode_8: f64,
+    decode_16: f64,
+    train_4x512: f64,
+}
+
+/// Seconds of a training step.
+#[derive(Serialize)]
+struct SharedPrefix {
+    shared_step_s: f64,
+    unshared_step_s: f64,
+    speedup: f64,
+}
+
+pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
+    let rounds = usize::from(args.rounds);
+    let mut out = io::stdout();
+    if args.shared_prefix {
+        let found = shared_prefix(args, cpu, rounds)?;
+        return if args.json {
+            print_json(&found)
+        } else {
+            writeln!(
+                out,
+                "one training step, {} answers of {} tokens to a prompt of {}:",
+                GROUP.1, GROUP.2, GROUP.0
+            )?;
+            writeln!(out, "  prompt shared    {:8.2} s", found.shared_step_s)?;
+            writeln!(out, "  prompt repeated  {:8.2} s", found.unshared_step_s)?;
+            writeln!(out, "  speed-up         {:8.2}", found.speedup)?;
+            Ok(())
+        };
+    }
+
+    let loaded = args.model.load(cpu)?;
+    let prefill_512 = prefill(cpu, &loaded.model, rounds)?;
+    let [decode_1, decode_8, decode_16] = [
+        decode(cpu, &loaded, rounds, 1)?,
+        decode(cpu, &loaded, rounds, 8)?,
+        decode(cpu, &loaded, rounds, 16)?,
+    ];
+    drop(loaded.model);
+    let train_4x512 = train(cpu, &loaded.checkpoint, rounds)?;
+    let speeds = Speeds {
+        dtype: args.model.dtype,
+        prefill_512,
+        decode_1,
+        decode_8,
+        decode_16,
+        train_4x512,
+    };
+    if args.json {
+        return print_json(&speeds);
+    }
+    let dtype = serde_json::to_value(args.model.dtype)?;
+    writeln!(out, "{} on {}, tokens/s", args.model.model, cpu.name())?;
+    for (name, dtype, value) in [
+        ("prefill 512", dtype.as_str(), prefill_512),
+        ("decode 1", dtype.as_str(), decode_1),
+        ("decode 8", dtype.as_str(), decode_8),
+        ("decode 16", dtype.as_str(), decode_16),
+        ("train 4x512", Some("f32"), train_4x512),
+    ] {
+        writeln!(
+            out,
+            "  {name:<12} {:<5} {value:9.1}",
+            dtype.unwrap_or_default()
+        )?;
+    }
+    Ok(())
+}
+
+fn print_json(value: &impl Serialize) -> Result<()> {
+    writeln!(io::stdout(), "{}", serde_json::to_string(value)?)?;
+    Ok(())
+}
+
+fn prefill(cpu: &Cpu, model: &Model<Cpu>, rounds: usize) -> Result<f64> {
+    let mut workspace = Workspace::new(cpu, &model.config, PREFILL, Purpose::Forward)?;
+    let mut batch = Batch::new();
+    batch.push_group(&tokens(PREFILL, 0, model), &[[1]]);
+    let time = median(rounds, || {
+        let start = Instant::now();
+        model.forward(cpu, &mut workspace, &batch)?;
+        model.logprobs(cpu, &mut workspace, &batch, 1.0)?;
+        Ok(start.elapsed())
+    })?;
+    Ok(PREFILL as f64 / time)
+}
+
+fn decode(cpu: &Cpu, loaded: &Loaded, rounds: usize, samples: usize) -> Result<f64> {
+    let model = &loaded.model;
+    // Prompts start one step after the other; the clock runs while all samples do.
+    let settings = SamplingSettings {
+        max_tokens: DECODE_STEPS + 2 * samples,
+        ..SamplingSettings::default()
+    };
+    let config = EngineConfig::for_length(samples, DECODE_PROMPT + settings.max_tokens);
+    let mut engine = Engine::new(cpu, model, config)?;
+    let requests: Vec<Request> = (0..samples)
+        .map(|i| Request {
+            prompt: tokens(DECODE_PROMPT, i, model),
+            samples: 1,
+            seed: i as u64,
+        })
+        .collect();
+    let stops = Stops {
+        tokens: &[],
+        strings: &[],
+        tokenizer: &loaded.tokenizer,
+    };
+    let time = median(rounds, || {
+        let mut produced = vec![0usize; samples];
+        let (mut started, mut counted, mut elapsed) = (None::<Instant>, 0, Duration::ZERO);
+        engine.generate(cpu, model, &requests, &settings, stops, &mut |event| {
+            let Event::Token(request, ..) = event else {
+                // One sample less is another batch size.
+                return ControlFlow::Break(());
+            };
+            produced[request] += 1;
+            match started {
+                Some(start) => {
+                    counted += 1;
+                    // Whole steps only.
+                    if counted % samples == 0 {
+                        elapsed = start.elapsed();
+                    }
+                }
+                None if produced.iter().all(|&n| n >= 2) && produced.iter().sum::<usize>() > 0 => {
+                    started = Some(Instant::now());
+                }
+                None => {}
+            }
+            if counted == samples * DECODE_STEPS || interrupt::requested() {
+                return ControlFlow::Break(());
+            }
+            ControlFlow::Continue(())
+        })?;
+        let steps = (counted / samples).max(1);
+        Ok(elapsed / steps as u32)
+    })?;
+    Ok(samples as f64 / time)
+}
+
+fn train(cpu: &Cpu, checkpoint: &Checkpoint, rounds: usize) -> Result<f64> {
+    let mut trainer = Trainer::new(cpu, checkpoint, TRAIN.0 * TRAIN.1, false)?;
+    let mut batch = Batch::new();
+    for i in 0..TRAIN.0 {
+        batch.push_text(&tokens(TRAIN.1 + 1, i, &trainer.model));
+    }
+    let time = median(rounds, || trainer.step(cpu, &batch))?;
+    Ok((TRAIN.0 * TRAIN.1) as f64 / time)
+}
+
+fn shared_prefix(args: &Args, cpu: &Cpu, rounds: usize) -> Result<SharedPrefix> {
+    let checkpoint = Checkpoint::open(&args.model.model)?;
+    let (prompt, answers, answer) = GROUP;
+    let mut trainer = Trainer::new(cpu, &checkpoint, answers * (prompt + answer), true)?;
+    let prompt = tokens(prompt, 0, &trainer.model);
+    let answers: Vec<_> = (1..=answers)
+        .map(|i| tokens(answer, i, &trainer.model))
+        .collect();
+    let (mut shared, mut unshared) = (Batch::new(), Batch::new());
+    shared.push_group(&prompt, &answers);
+    for answer in &answers {
+        unshared.push_group(&prompt, &[answer]);
+    }
+    let shared_step_s = median(rounds, || trainer.step(cpu, &shared))?;
+    let unshared_step_s = median(rounds, || trainer.step(cpu, &unshared))?;
+    Ok(SharedPrefix {
+        shared_step_s,
+        unshared_step_s,
+        speedup: unshared_step_s / shared_step_s,
+    })
+}
+
+/// What a training step needs.
+struct Trainer {
+    model: Model<Cpu>,
+    workspace: Workspace<Cpu>,
+    grads: Params<<Cpu as Device>::Buf<f32>>,
+    moments: [Params<<Cpu as Device>::Buf<f32>>; 2],
+    squares: <Cpu as Device>::Buf<f32>,
+    norm: <Cpu as Device>::Buf<f32>,
+    scale: <Cpu as Device>::Buf<f32>,
+    optimizer: AdamWConfig,
+}
+
+impl Trainer {
+    fn new(cpu: &Cpu, checkpoint: &Checkpoint, rows: usize, recompute: bool) -> Result<Self> {
+        let model = Model::load(cpu, checkpoint, Storage::F32, true)?;
+        Ok(Self {
+            workspace: Workspace::new(cpu, &model.config, rows, Purpose::Train { recompute })?,
+            grads: model.zeros_like(cpu)?,
+            moments: [model.zeros_like(cpu)?, model.zeros_like(cpu)?],
+            squares: cpu.zeros(model.params.iter().count())?,
+            norm: cpu.zeros(1)?,
+            scale: cpu.zeros(1)?,
+            // So small a rate leaves the weights as they are, and the work with them.
+            optimizer: AdamWConfig {
+                learning_rate: 1e-9,
+                step: 0,
+                ..AdamWConfig::default()
+            },
+            model,
+        })
+    }
+
+    /// One step that raises the mean log-probability of the batch's targets.
+    fn step(&mut self, cpu: &Cpu, batch: &Batch) -> Result<Duration> {
+        let start = Instant::now();
+        self.model.forward(cpu, &mut self.workspace, batch)?;
+        self.model.logprobs(cpu, &mut self.workspace, batch, 1.0)?;
+        let targets = batch.targets.len();
+        let slopes = vec![-1.0 / targets as f32; targets];
+        cpu.write(&mut self.workspace.head.dlogprob, 0, &slopes)?;
+        for grad in self.grads.iter_mut() {
+            cpu.fill_zero(grad)?;
+        }
+        self.model
+            .backward(cpu, &mut self.workspace, batch, &mut self.grads)?;
+        for (i, grad) in self.grads.iter().enumerate() {
+            cpu.sum_of_squares(grad.len(), grad, &mut self.squares, i)?;
+        }
+        let count = self.squares.len();
+        cpu.clip_scale(count, 1.0, &self.squares, &mut self.norm, &mut self.scale)?;
+        self.optimizer.step += 1;
+        let [m, v] = &mut self.moments;
+        let state = self.grads.iter().zip(m.iter_mut()).zip(v.iter_mut());
+        for (param, ((grad, m), v)) in self.model.params.iter_mut().zip(state) {
+            if let Stored::F32(param) = param {
+                cpu.adamw(
+                    &self.optimizer,
+                    grad.len(),
+                    &self.scale,
+                    grad,
+                    param,
+                    m,
+                    v,
+                    None,
+                )?;
+            }
+        }
+        Ok(start.elapsed())
+    }
+}
+
+/// The median of `rounds` durations in seconds, after one that does not count.
+fn median(rounds: usize, mut round: impl FnMut() -> Result<Duration>) -> Result<f64> {
+    let mut times = Vec::with_capacity(rounds);
+    for i in 0..=rounds {
+        let time = round()?;
+        if interrupt::requested() {
+            return Err(Interrupted.into());
+        }
+        if i > 0 {
+            times.push(time.as_secs_f64());
+        }
+    }
+    times.sort_unstable_by(f64::total_cmp);
+    let middle = times.len() / 2;
+    Ok(match times.len() % 2 {
+        0 => (times[middle - 1] + times[middle]) / 2.0,
+        _ => times[middle],
+    })
+}
+
+/// Different tokens for every `stream`, the same in every run.
+fn tokens(len: usize, stream: usize, model: &Model<Cpu>) -> Vec<u32> {
+    let vocab = model.config.vocab_size as u64;
+    let mut state = stream as u64 + 1;
+    (0..len)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            ((state >> 33) % vocab) as u32
+        })
+        .collect()
+}
