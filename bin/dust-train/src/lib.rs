@@ -5,6 +5,7 @@
 
 pub mod checkpoint;
 pub mod cli;
+pub mod interrupt;
 pub mod judge;
 pub mod metrics;
 pub mod model;

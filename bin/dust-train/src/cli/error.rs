@@ -2,7 +2,7 @@
 
 use std::fmt::Display;
 
-use crate::{checkpoint, tasks};
+use crate::{checkpoint, pipeline, tasks};
 
 /// Bad input: one line that names where, what and how to mend it.
 #[derive(Debug, thiserror::Error)]
@@ -41,5 +41,6 @@ pub(super) fn is_input(error: &anyhow::Error) -> bool {
         cause.is::<InputError>()
             || cause.is::<checkpoint::Error>()
             || cause.is::<tasks::TaskError>()
+            || cause.is::<pipeline::BadInput>()
     })
 }

@@ -9,8 +9,8 @@ use anyhow::Result;
 use dust_kernels::Cpu;
 
 use super::files::read_text;
-use super::interrupt::{self, Interrupted};
 use super::model::{Loaded, ModelArgs, SamplingArgs, Thinking};
+use crate::interrupt::{self, Interrupted};
 use crate::rollout::{
     Completion, Engine, EngineConfig, Event, Finish, Request, SamplingSettings, Stops,
 };

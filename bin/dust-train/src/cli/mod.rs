@@ -10,12 +10,13 @@
 mod bench;
 mod doctor;
 mod error;
+mod exec;
 mod files;
 mod generate;
-pub mod interrupt;
 mod judge;
 mod model;
 mod score;
+mod stages;
 mod tasks;
 
 use std::ffi::OsString;
@@ -27,8 +28,9 @@ use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
 use dust_kernels::Cpu;
 use tracing_subscriber::EnvFilter;
 
+use crate::interrupt::{self, Interrupted};
 pub use error::InputError;
-use interrupt::Interrupted;
+use stages::Stage;
 
 /// Dual Self-Training of language models.
 ///
@@ -54,6 +56,20 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Run(stages::RunArgs),
+    /// Stage 1: draws candidate programs for the training problems.
+    Sample(stages::StageArgs),
+    /// Stage 2: runs the candidates in the sandbox.
+    Label(stages::StageArgs),
+    /// Stage 3: keeps the groups that hold right and wrong candidates.
+    Group(stages::StageArgs),
+    /// Stage 4: trains the model to rank the candidates of a group (GRPO).
+    Train(stages::StageArgs),
+    Eval(stages::EvalArgs),
+    /// Stage 6: writes report.html and prints the headline.
+    Report(stages::StageArgs),
+    Config(stages::ConfigArgs),
+    Exec(exec::Args),
     Doctor(doctor::Args),
     Generate(generate::Args),
     Score(score::Args),
@@ -86,6 +102,15 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         None => Cpu::new(),
     };
     match cli.command {
+        Command::Run(args) => stages::run(&Stage::Run(args), &cpu())?,
+        Command::Sample(args) => stages::run(&Stage::Sample(args), &cpu())?,
+        Command::Label(args) => stages::run(&Stage::Label(args), &cpu())?,
+        Command::Group(args) => stages::run(&Stage::Group(args), &cpu())?,
+        Command::Train(args) => stages::run(&Stage::Train(args), &cpu())?,
+        Command::Eval(args) => stages::run(&Stage::Eval(args), &cpu())?,
+        Command::Report(args) => stages::run(&Stage::Report(args), &cpu())?,
+        Command::Config(args) => stages::print_config(&args)?,
+        Command::Exec(args) => exec::run(&args)?,
         Command::Doctor(args) => return doctor::run(&args, &cpu()),
         Command::Generate(args) => generate::run(&args, &cpu())?,
         Command::Score(args) => score::run(&args, &cpu())?,
@@ -123,7 +148,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     if error.is::<Interrupted>() {
-        eprintln!("interrupted");
+        eprintln!("{Interrupted}");
         return ExitCode::from(130);
     }
     let text = format!("{error:#}");

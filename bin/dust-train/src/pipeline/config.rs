@@ -1,11 +1,12 @@
-//! One TOML file for a whole run, every default stated; `dust-train run --print-config` prints it.
+//! One TOML file for a whole run, every default stated; `dust-train config` prints them.
 
+use super::BadInput;
 use crate::judge::Parse;
 use crate::model::Storage;
 use crate::rollout::SamplingSettings;
 use crate::sandbox::{Layer, Limits};
 use crate::tasks::extract::Rule;
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use dust_kernels::{grpo, ranking};
 use serde::{Deserialize, Serialize};
 use std::path::Path;
@@ -377,21 +378,38 @@ impl Config {
     /// Reads a file; what it leaves out has its default.
     ///
     /// # Errors
-    /// What the file system or the TOML parser reports, and settings that contradict each other.
+    /// [`BadInput`](super::BadInput): what the file system or the TOML parser reports, and settings
+    /// that contradict each other.
     pub fn read(path: &Path) -> Result<Self> {
-        let text = std::fs::read_to_string(path)
-            .with_context(|| format!("{}: cannot be read", path.display()))?;
-        let config: Self = toml::from_str(&text)
-            .map_err(|e| anyhow::anyhow!("{}: {}", path.display(), one_line(&e.to_string())))?;
-        config.check().with_context(|| path.display().to_string())?;
+        Self::read_with(path, &[])
+    }
+
+    /// As [`Config::read`], with fields overridden by `FIELD=VALUE` in TOML's syntax; a value that is
+    /// no TOML is taken as a string.
+    ///
+    /// # Errors
+    /// As [`Config::read`].
+    pub fn read_with(path: &Path, set: &[String]) -> Result<Self> {
+        let file = path.display();
+        let bad = |why: String| BadInput(format!("{file}: {}", one_line(&why)));
+        let text =
+            std::fs::read_to_string(path).map_err(|e| bad(format!("cannot be read: {e}")))?;
+        let mut table: toml::Table = toml::from_str(&text).map_err(|e| bad(e.to_string()))?;
+        for assignment in set {
+            override_field(&mut table, assignment)?;
+        }
+        let config: Self = table
+            .try_into()
+            .map_err(|e: toml::de::Error| bad(e.to_string()))?;
+        config.check().map_err(|e| bad(e.to_string()))?;
         Ok(config)
     }
 
     /// Refuses settings that make no sense.
     ///
     /// # Errors
-    /// One line that names the field.
-    pub fn check(&self) -> Result<()> {
+    /// [`BadInput`](super::BadInput) that names the field.
+    pub fn check(&self) -> Result<(), BadInput> {
         let t = &self.train;
         let rules = [
             (
@@ -450,11 +468,33 @@ impl Config {
                 "eval.permutations: must be at least 1",
             ),
         ];
-        for (holds, rule) in rules {
-            ensure!(holds, "{rule}");
+        match rules.iter().find(|(holds, _)| !holds) {
+            Some((_, rule)) => Err(BadInput((*rule).to_owned())),
+            None => Ok(()),
         }
-        Ok(())
     }
+}
+
+fn override_field(table: &mut toml::Table, assignment: &str) -> Result<(), BadInput> {
+    let (field, value) = assignment
+        .split_once('=')
+        .ok_or_else(|| BadInput(format!("--set {assignment}: say FIELD=VALUE")))?;
+    let value = toml::from_str::<toml::Table>(&format!("value = {value}"))
+        .ok()
+        .and_then(|mut t| t.remove("value"))
+        .unwrap_or_else(|| toml::Value::String(value.to_owned()));
+    let mut parts: Vec<&str> = field.split('.').collect();
+    let last = parts.pop().unwrap_or_default();
+    let mut at = table;
+    for part in parts {
+        at = at
+            .entry(part)
+            .or_insert_with(|| toml::Value::Table(toml::Table::new()))
+            .as_table_mut()
+            .ok_or_else(|| BadInput(format!("--set {assignment}: `{part}` is no section")))?;
+    }
+    at.insert(last.to_owned(), value);
+    Ok(())
 }
 
 fn one_line(text: &str) -> String {

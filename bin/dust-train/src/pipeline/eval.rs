@@ -1,5 +1,6 @@
 //! Stage 5: pass@1 of the generator, NDCG and Best-of-N of the judge, on the held-out problems.
 
+use super::bad_input;
 use super::judging::Question;
 use super::label::{open_sandbox, program, run_programs};
 use super::session::derive_seed;
@@ -8,7 +9,7 @@ use crate::metrics::{Judgment, Problem};
 use crate::rollout::Request;
 use crate::sandbox::Verdict;
 use crate::tasks::Task;
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use dust_kernels::Backend;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashSet};
@@ -80,16 +81,17 @@ pub fn eval<B: Backend + Clone>(
     }
     let problems = Problems::load(config)?;
     let tasks = &problems.held_out;
-    ensure!(
-        !tasks.is_empty(),
-        "{}: no problem is held out; raise tasks.held_out or name tasks.eval_source",
-        config.tasks.source
-    );
+    if tasks.is_empty() {
+        bad_input!(
+            "{}: no problem is held out; raise tasks.held_out or name tasks.eval_source",
+            config.tasks.source
+        );
+    }
     let folder = checkpoint.map(|c| run.file(c));
     if let Some(folder) = &folder
         && !folder.exists()
     {
-        bail!(
+        bad_input!(
             "{}: is not there; run `dust-train train` first",
             folder.display()
         );

@@ -4,7 +4,8 @@
 //! Lines are appended to `NAME.partial`; when a stage is done, its lines are sorted into `NAME` in one
 //! step. A line that a kill cut short is dropped and made again.
 
-use anyhow::{Context, Result, bail};
+use super::bad_input;
+use anyhow::{Context, Result};
 use serde::{Serialize, de::DeserializeOwned};
 use sha2::{Digest, Sha256};
 use std::fs::{self, File, OpenOptions};
@@ -84,11 +85,11 @@ impl RunFolder {
         let path = self.file(name);
         let text = match fs::read_to_string(&path) {
             Ok(text) => text,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => bail!(
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => bad_input!(
                 "{}: is not there; run `dust-train {stage}` first",
                 path.display()
             ),
-            Err(e) => bail!("{}: cannot be read: {e}", path.display()),
+            Err(e) => bad_input!("{}: cannot be read: {e}", path.display()),
         };
         parse_lines(&path, &text)
     }
@@ -196,8 +197,10 @@ fn parse_lines<T: DeserializeOwned>(path: &Path, text: &str) -> Result<Vec<T>> {
     text.lines()
         .enumerate()
         .map(|(i, line)| {
-            serde_json::from_str(line)
-                .with_context(|| format!("{}: line {}: malformed", path.display(), i + 1))
+            serde_json::from_str(line).map_err(|e| {
+                let file = path.display();
+                super::BadInput(format!("{file}: line {}: malformed: {e}", i + 1)).into()
+            })
         })
         .collect()
 }

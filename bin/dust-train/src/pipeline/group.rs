@@ -1,11 +1,12 @@
 //! Stage 3: each problem's labelled candidates are cut into groups; the mixed ones are kept.
 
+use super::bad_input;
 use super::label::VERDICTS;
 use super::sample::CANDIDATES;
 use super::session::derive_seed;
 use super::{Candidate, Config, Labelled, Manifest, RunFolder};
 use crate::sandbox::Verdict;
-use anyhow::{Result, bail};
+use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -119,7 +120,7 @@ pub fn group(config: &Config, run: &RunFolder) -> Result<GroupSummary> {
         summary.mixed_problems += usize::from(kept > 0);
     }
     if groups.is_empty() {
-        bail!(
+        bad_input!(
             "{}: no group of {} holds both right and wrong programs ({} all wrong, {} all right); \
              draw more candidates (sample.candidates) or choose problems nearer to the model's level",
             run.file(VERDICTS).display(),

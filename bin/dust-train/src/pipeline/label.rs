@@ -2,7 +2,8 @@
 
 use super::sample::CANDIDATES;
 use super::session::progress;
-use super::{Candidate, Config, Manifest, Problems, RunFolder, check_interrupt, interrupted};
+use super::{Candidate, Config, Manifest, Problems, RunFolder};
+use crate::interrupt;
 use crate::sandbox::{self, Outcome, Sandbox, SandboxConfig, Verdict};
 use crate::tasks::{self, Task};
 use anyhow::{Context, Result, bail};
@@ -79,12 +80,13 @@ pub(super) fn run_programs(
                 result = on_done(start + i, outcome);
             }
         });
-        if result.is_err() || interrupted() {
+        if result.is_err() || interrupt::requested() {
             break;
         }
     }
     bar.finish_and_clear();
-    result.and_then(|()| check_interrupt())
+    result?;
+    Ok(interrupt::check()?)
 }
 
 /// Labels `candidates.jsonl` into `verdicts.jsonl`.

@@ -25,31 +25,24 @@ pub use sample::{Candidate, sample};
 pub use session::{Session, derive_seed, progress};
 
 use crate::tasks::{self, Split, Task};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result};
 use dust_kernels::Backend;
 use serde::{Deserialize, Serialize};
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+/// Input that the user can mend: a file, a field, and the remedy, in one line.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{0}")]
+pub struct BadInput(pub String);
 
-/// Asks the running stage to stop at the next safe place; all that is done stays.
-pub fn interrupt() {
-    INTERRUPTED.store(true, Ordering::Relaxed);
+/// Returns a [`BadInput`] made from a format string.
+macro_rules! bad_input {
+    ($($words:tt)*) => {
+        return Err(crate::pipeline::BadInput(format!($($words)*)).into())
+    };
 }
-
-/// Whether [`interrupt`] was called.
-pub fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
-}
-
-fn check_interrupt() -> Result<()> {
-    if interrupted() {
-        bail!("interrupted; the same command goes on from here");
-    }
-    Ok(())
-}
+use bad_input;
 
 /// The resolved configuration in a run folder.
 pub const CONFIG: &str = "config.toml";
@@ -117,11 +110,12 @@ impl Problems {
         };
         limit(&mut train, settings.max_train);
         limit(&mut held_out, settings.max_eval);
-        ensure!(
-            !train.is_empty(),
-            "{}: no problem is left for training; lower tasks.held_out",
-            settings.source
-        );
+        if train.is_empty() {
+            bad_input!(
+                "{}: no problem is left for training; lower tasks.held_out",
+                settings.source
+            );
+        }
         Ok(Self { train, held_out })
     }
 
@@ -154,7 +148,7 @@ pub fn open_run(path: &Path, config: &Config) -> Result<RunFolder> {
                 .zip(new.lines())
                 .find(|(a, b)| a != b)
                 .map_or_else(String::new, |(a, b)| format!(" (`{a}` there, `{b}` now)"));
-            bail!(
+            bad_input!(
                 "{}: the folder was begun with another configuration{line}; \
                  choose another folder or go on with its own: --config {}",
                 path.display(),

@@ -1,5 +1,6 @@
 //! Stage 6: the report of a run, and its headline as a table on the terminal.
 
+use super::bad_input;
 use super::eval::{AFTER, BEFORE, EvalFile, JudgedGroup};
 use super::train::{METRICS, StepMetrics};
 use super::{CONFIG, Config, MANIFEST, Manifest, Problems, RunFolder};
@@ -22,11 +23,12 @@ pub fn report(config: &Config, run: &RunFolder) -> Result<()> {
         (AFTER, "eval --after"),
         (METRICS, "train"),
     ] {
-        ensure!(
-            run.has(name),
-            "{}: is not there; run `dust-train {stage}` first",
-            run.file(name).display()
-        );
+        if !run.has(name) {
+            bad_input!(
+                "{}: is not there; run `dust-train {stage}` first",
+                run.file(name).display()
+            );
+        }
     }
     let before: EvalFile = run.read_json(BEFORE)?;
     let after: EvalFile = run.read_json(AFTER)?;

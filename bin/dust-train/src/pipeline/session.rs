@@ -1,10 +1,10 @@
 //! What every stage that runs the model shares: the device, the model, its tokenizer and template.
 
-use super::{Config, interrupted};
+use super::Config;
 use crate::checkpoint::Checkpoint;
+use crate::interrupt;
 use crate::model::Model;
 use crate::rollout::{Completion, Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
-use crate::tasks::prompt;
 use crate::text::{ChatOptions, ChatTemplate, Message, Role, Tokenizer, encode_chat};
 use anyhow::{Context, Result};
 use dust_kernels::Backend;
@@ -62,25 +62,14 @@ impl<B: Backend> Session<B> {
     ///
     /// # Errors
     /// What the template reports.
-    pub fn encode(&self, messages: &[prompt::Message], prefix: &str) -> Result<Vec<u32>> {
-        let messages: Vec<Message> = messages
-            .iter()
-            .map(|m| {
-                let role = match m.role.as_str() {
-                    "system" => Role::System,
-                    "assistant" => Role::Assistant,
-                    _ => Role::User,
-                };
-                Message::new(role, m.content.clone())
-            })
-            .collect();
+    pub fn encode(&self, messages: &[Message], prefix: &str) -> Result<Vec<u32>> {
         let options = ChatOptions {
             add_generation_prompt: true,
             enable_thinking: self.thinking,
             // One day for all runs, so that a prompt does not depend on when it was made.
             now: UNIX_EPOCH + Duration::from_secs(1_750_000_000),
         };
-        let mut tokens = encode_chat(&self.template, &self.tokenizer, &messages, &options)?;
+        let mut tokens = encode_chat(&self.template, &self.tokenizer, messages, &options)?;
         if !prefix.is_empty() {
             tokens.extend(self.tokenizer.encode(prefix, false)?);
         }
@@ -92,7 +81,7 @@ impl<B: Backend> Session<B> {
     /// # Errors
     /// What the template reports.
     pub fn opens_thought(&self) -> Result<bool> {
-        let tokens = self.encode(&[prompt::Message::new("user", "?")], "")?;
+        let tokens = self.encode(&[Message::new(Role::User, "?")], "")?;
         Ok(self
             .tokenizer
             .decode(&tokens)
@@ -155,7 +144,7 @@ impl<B: Backend> Session<B> {
             settings,
             stops,
             &mut |event| {
-                if interrupted() {
+                if interrupt::requested() {
                     return ControlFlow::Break(());
                 }
                 match event {
@@ -176,7 +165,7 @@ impl<B: Backend> Session<B> {
         bar.finish_and_clear();
         match failed {
             Some(error) => Err(error),
-            None => super::check_interrupt(),
+            None => Ok(interrupt::check()?),
         }
     }
 }

@@ -16,8 +16,9 @@ pub use optimizer::Optimizer;
 
 use super::group::{GROUPS, Group};
 use super::session::{derive_seed, progress};
-use super::{Config, Problems, RunFolder, Session, check_interrupt, interrupted};
+use super::{Config, Problems, RunFolder, Session};
 use crate::checkpoint::Dtype;
+use crate::interrupt;
 use crate::model::{Purpose, Workspace, freeze};
 use crate::tasks::Task;
 use anyhow::{Context, Result};
@@ -82,10 +83,10 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
         ));
         log.push(line)?;
         let last = step + 1 == config.train.steps;
-        if last || interrupted() || (step + 1) % config.train.checkpoint_every == 0 {
+        if last || interrupt::requested() || (step + 1) % config.train.checkpoint_every == 0 {
             state::save(device, run, &session.model, &optimizer, step + 1, &hash)?;
         }
-        check_interrupt()?;
+        interrupt::check()?;
     }
     bar.finish_and_clear();
     session

@@ -2,10 +2,11 @@
 
 use super::super::config::Aggregation;
 use super::super::session::progress;
-use super::super::{Config, Session, check_interrupt};
+use super::super::{Config, Session};
 use super::metrics::{StepMetrics, mean, peak_memory_mib};
 use super::optimizer::Optimizer;
 use super::rollout::{Judged, Rolled};
+use crate::interrupt;
 use crate::metrics::mean_std;
 use crate::model::{Batch, Model, Workspace};
 use anyhow::{Result, ensure};
@@ -90,7 +91,7 @@ impl<B: Backend> Updater<B> {
                     )?;
                     bar.inc(micro.groups.len() as u64);
                     // An unfinished step is made again from the last checkpoint.
-                    check_interrupt()?;
+                    interrupt::check()?;
                 }
                 let norm = optimizer.step(
                     &session.device,

@@ -6,11 +6,14 @@ static REQUESTED: AtomicBool = AtomicBool::new(false);
 
 /// The user has asked to stop.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error("interrupted")]
+#[error("interrupted; what is done is kept, and the same command goes on from there")]
 pub struct Interrupted;
 
-/// Listens for Ctrl-C and for the signals that ask a process to end.
-pub(super) fn install() -> Result<(), ctrlc::Error> {
+/// Listens for Ctrl-C.
+///
+/// # Errors
+/// What the system reports.
+pub fn install() -> Result<(), ctrlc::Error> {
     let installed = ctrlc::set_handler(|| {
         if REQUESTED.swap(true, Ordering::SeqCst) {
             std::process::exit(130);

@@ -1,0 +1,143 @@
+//! The stages of DuST over a run folder: `run` for all of them, or one at a time.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use dust_kernels::Cpu;
+
+use crate::pipeline::{self, Config, RunFolder, train};
+use crate::sandbox::Layer;
+
+use super::InputError;
+
+/// What every stage is told.
+#[derive(Args)]
+pub(super) struct StageArgs {
+    /// The run folder; it is made if it is not there.
+    #[arg(long = "run", value_name = "DIR")]
+    folder: PathBuf,
+
+    /// The configuration (TOML); left out: that of the run folder.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// Overrides a field of the configuration, for example `train.steps=3`.
+    #[arg(long = "set", value_name = "FIELD=VALUE")]
+    set: Vec<String>,
+
+    /// `allow-weak=LAYER`: label although this layer of the sandbox is missing. Recorded in the
+    /// manifest.
+    #[arg(long, value_name = "allow-weak=LAYER", value_parser = weak_layer)]
+    sandbox: Vec<Layer>,
+}
+
+/// All stages of DuST: sample, label, group, eval, train, eval again, report.
+///
+/// A stage whose files are in the run folder is skipped, and one that was cut short goes on where it
+/// stopped: Ctrl-C or a crash loses nothing but the step at hand.
+///
+/// Example: dust-train run --config configs/demo.toml --run runs/demo
+#[derive(Args)]
+pub(super) struct RunArgs {
+    #[command(flatten)]
+    stage: StageArgs,
+}
+
+/// Measures pass@1, NDCG and Best-of-N on the held-out problems.
+#[derive(Args)]
+pub(super) struct EvalArgs {
+    #[command(flatten)]
+    stage: StageArgs,
+
+    /// Measure the trained model instead of the one that training starts from.
+    #[arg(long)]
+    after: bool,
+}
+
+/// A stage with its arguments.
+pub(super) enum Stage {
+    Sample(StageArgs),
+    Label(StageArgs),
+    Group(StageArgs),
+    Train(StageArgs),
+    Eval(EvalArgs),
+    Report(StageArgs),
+    Run(RunArgs),
+}
+
+/// Runs a stage.
+pub(super) fn run(stage: &Stage, cpu: &Cpu) -> Result<()> {
+    let args = match stage {
+        Stage::Sample(args)
+        | Stage::Label(args)
+        | Stage::Group(args)
+        | Stage::Train(args)
+        | Stage::Report(args) => args,
+        Stage::Eval(args) => &args.stage,
+        Stage::Run(args) => &args.stage,
+    };
+    let (config, folder) = open(args)?;
+    match stage {
+        Stage::Sample(_) => pipeline::sample(cpu, &config, &folder),
+        Stage::Label(_) => pipeline::label(&config, &folder),
+        Stage::Group(_) => pipeline::group(&config, &folder).map(drop),
+        Stage::Train(_) => train::train(cpu, &config, &folder),
+        Stage::Eval(args) => {
+            let checkpoint = args.after.then_some(train::FINAL);
+            pipeline::eval(cpu, &config, &folder, checkpoint)
+        }
+        Stage::Report(_) => pipeline::report(&config, &folder),
+        Stage::Run(_) => pipeline::run(cpu, &config, &folder),
+    }
+}
+
+/// Prints the configuration with every default.
+///
+/// Redirect it to a file and change what you like; `model.path` has to be named.
+#[derive(Args)]
+pub(super) struct ConfigArgs {
+    /// A configuration to complete with the defaults.
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+/// Prints a complete configuration.
+pub(super) fn print_config(args: &ConfigArgs) -> Result<()> {
+    let config = match &args.config {
+        Some(path) => Config::read(path)?,
+        None => Config::default(),
+    };
+    print!("{}", toml::to_string_pretty(&config)?);
+    Ok(())
+}
+
+fn open(args: &StageArgs) -> Result<(Config, RunFolder)> {
+    let own = args.folder.join(pipeline::CONFIG);
+    let path = match &args.config {
+        Some(path) => path.clone(),
+        None if own.exists() => own,
+        None => {
+            return Err(InputError::new(
+                args.folder.display(),
+                "--config",
+                "the folder has no configuration yet",
+                "name one, for example --config configs/demo.toml",
+            )
+            .into());
+        }
+    };
+    let mut config = Config::read_with(&path, &args.set)?;
+    config.sandbox.allow_weak.extend(&args.sandbox);
+    let folder = pipeline::open_run(&args.folder, &config)
+        .with_context(|| format!("{}", args.folder.display()))?;
+    Ok((config, folder))
+}
+
+/// Reads `allow-weak=LAYER`.
+pub(super) fn weak_layer(text: &str) -> Result<Layer, String> {
+    let layer = text
+        .strip_prefix("allow-weak=")
+        .ok_or("say allow-weak=LAYER")?;
+    layer.parse().map_err(|e| format!("{e}"))
+}
