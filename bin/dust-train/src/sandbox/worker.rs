@@ -13,9 +13,9 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe2;
 
 use super::data::{Data, Tuples};
-use super::supervise::{Capture, Running, supervise};
+use super::supervise::{Capture, Running, supervise, tasks_of};
 use super::verdict::{self, Ran};
-use super::zygote::{Job, Zygote};
+use super::zygote::{Facts, Job, Zygote};
 use super::{Grading, Limits, Mode, Outcome, Program, Setup, TestOutcome, Verdict};
 
 const STDERR_BYTES: u64 = 64 << 10;
@@ -296,7 +296,7 @@ fn start<'a>(
         entry_point: program.entry_point.as_deref(),
         files_bytes: (limits.files_mb << 20).max(4096),
         files_count: FILES,
-        rlimits: rlimits(limits, zygote.facts.isolated),
+        rlimits: rlimits(limits, &zygote.facts),
         scratch: scratch.clone(),
     };
     let mut fds = vec![
@@ -320,7 +320,7 @@ fn start<'a>(
 }
 
 /// The limits that the kernel keeps for each process. They back the box-wide ones up.
-fn rlimits(limits: &Limits, isolated: bool) -> BTreeMap<&'static str, (u64, u64)> {
+fn rlimits(limits: &Limits, facts: &Facts) -> BTreeMap<&'static str, (u64, u64)> {
     let cpu = limits.cpu_s.ceil() as u64 + 1;
     let memory = limits.memory_mb << 20;
     let mut all = BTreeMap::from([
@@ -338,11 +338,15 @@ fn rlimits(limits: &Limits, isolated: bool) -> BTreeMap<&'static str, (u64, u64)
         ("RLIMIT_RTPRIO", (0, 0)),
         ("RLIMIT_NICE", (0, 0)),
     ]);
-    if isolated {
-        // Counted by user namespace. Elsewhere it would count everything else of that user.
-        let processes = u64::from(limits.processes) + 2;
-        all.insert("RLIMIT_NPROC", (processes, processes));
-    }
+    // Counted by user namespace; where there is none, with everything else of that user. Two more
+    // for the interpreter itself and the process that waits for it.
+    let others = if facts.isolated {
+        0
+    } else {
+        tasks_of(facts.uid)
+    };
+    let processes = others + u64::from(limits.processes) + 2;
+    all.insert("RLIMIT_NPROC", (processes, processes));
     all
 }
 
