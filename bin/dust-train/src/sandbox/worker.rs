@@ -16,7 +16,7 @@ use super::data::{Data, Tuples};
 use super::supervise::{Capture, Running, supervise, tasks_of};
 use super::verdict::{self, Ran};
 use super::zygote::{Facts, Job, Zygote};
-use super::{Grading, Limits, Mode, Outcome, Program, Setup, TestOutcome, Verdict};
+use super::{Grading, Limits, Mode, Outcome, Program, Rules, Setup, TestOutcome, Verdict};
 
 const STDERR_BYTES: u64 = 64 << 10;
 const ATTEMPTS: usize = 3;
@@ -52,7 +52,7 @@ impl Worker {
     }
 
     /// Runs the tests in order.
-    pub fn run(&mut self, program: &Program, limits: &Limits) -> Outcome {
+    pub fn run(&mut self, program: &Program, limits: &Limits, rules: Rules) -> Outcome {
         let count = match program.mode {
             Mode::Assert => 1,
             _ => program.tests.len(),
@@ -65,10 +65,10 @@ impl Worker {
         }
         let mut tests = Vec::new();
         for index in 0..count {
-            let outcome = self.run_with_retries(program, index, limits);
+            let outcome = self.run_with_retries(program, index, limits, rules);
             let passed = outcome.verdict == Verdict::Passed;
             tests.push(outcome);
-            if !passed && self.setup.stop_at_first_failure {
+            if !passed && !rules.all_tests {
                 break;
             }
         }
@@ -80,11 +80,12 @@ impl Worker {
         program: &Program,
         index: usize,
         limits: &Limits,
+        rules: Rules,
     ) -> TestOutcome {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let error = match self.run_test(program, index, limits) {
+            let error = match self.run_test(program, index, limits, rules) {
                 Ok(outcome) if outcome.verdict != Verdict::InfraError => return outcome,
                 Ok(outcome) if attempt == ATTEMPTS => return outcome,
                 Ok(_) => None,
@@ -106,13 +107,14 @@ impl Worker {
         program: &Program,
         index: usize,
         limits: &Limits,
+        rules: Rules,
     ) -> Result<TestOutcome> {
         if self.hostile.is_none() {
             self.hostile = Some(self.setup.start_zygote()?);
         }
         match program.mode {
             Mode::Assert => self.run_asserts(program, limits),
-            _ => self.run_alone(program, index, limits),
+            _ => self.run_alone(program, index, limits, rules),
         }
     }
 
@@ -121,6 +123,7 @@ impl Worker {
         program: &Program,
         index: usize,
         limits: &Limits,
+        rules: Rules,
     ) -> Result<TestOutcome> {
         let zygote = self.hostile.as_mut().context("sandbox: no interpreter")?;
         let test = &program.tests[index];
@@ -163,9 +166,7 @@ impl Worker {
             Ran::Trouble(trouble) => return Ok(TestOutcome::trouble(trouble)),
             Ran::Cleanly => match &expected {
                 None => verdict::printed(&running, &test.output),
-                Some(expected) => {
-                    verdict::returned(&running, expected, self.setup.grading.tuples())
-                }
+                Some(expected) => verdict::returned(&running, expected, rules.grading.tuples()),
             },
         };
         clear(scratch);
