@@ -13,6 +13,9 @@ use dust_train::sandbox::{Limits, Mode, Program, Sandbox, SandboxConfig, Test, V
 
 const ROUNDS: usize = 5;
 
+/// A name and the work of one round.
+type Line<'a> = (&'static str, Box<dyn Fn() + 'a>);
+
 fn main() -> anyhow::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let timed = arguments.iter().any(|a| a == "--bench");
@@ -45,7 +48,7 @@ fn main() -> anyhow::Result<()> {
         .stdout(Stdio::null())
         .status()
         .is_ok();
-    let mut lines: Vec<(&str, Box<dyn Fn()>)> = vec![
+    let mut lines: Vec<Line> = vec![
         ("sandbox, script", Box::new(|| run(&sandbox, &script))),
         ("sandbox, function", Box::new(|| run(&sandbox, &function))),
         (
