@@ -132,3 +132,67 @@ fn assertions() {
         Verdict::InfraError,
     );
 }
+
+#[test]
+fn exec_protocol() {
+    let exec = |request: &str| {
+        let mut reply = Vec::new();
+        dust_train::sandbox::exec(sandbox(), request.as_bytes(), &mut reply)
+            .map(|()| serde_json::from_slice::<Value>(&reply).expect("a reply"))
+            .map_err(|error| format!("{error:#}"))
+    };
+    let reply = exec(
+        r#"{"source": "def f(a, b): return a * b", "mode": "function", "entry_point": "f",
+            "tests": [{"input": [2, 3], "output": 6}, {"input": [2, 2], "output": 5},
+                      {"input": [99999999999, 99999999999], "output": 9999999999800000000001}],
+            "limits": {"cpu_s": 1, "wall_s": 3}, "stop_at_first_failure": false}"#,
+    )
+    .expect("a verdict");
+    assert_eq!(reply["verdict"], "wrong_answer");
+    assert_eq!(reply["failed_test"], 1);
+    let verdicts: Vec<_> = reply["tests"]
+        .as_array()
+        .expect("tests")
+        .iter()
+        .map(|t| &t["verdict"])
+        .collect();
+    assert_eq!(verdicts, ["passed", "wrong_answer", "passed"]);
+    assert!(reply["effective"]["layers"].is_object());
+    for (request, part) in [
+        ("{", "not a request"),
+        (
+            r#"{"source": "", "mode": "stdin", "tests": [{"input": 1, "output": ""}]}"#,
+            "tests[0].input",
+        ),
+        (
+            r#"{"source": "", "mode": "stdin", "limits": {"cpu_s": -1}}"#,
+            "limits.cpu_s",
+        ),
+        (
+            r#"{"source": "", "mode": "stdin", "test": []}"#,
+            "unknown field",
+        ),
+    ] {
+        let error = exec(request).expect_err(request);
+        assert!(error.contains(part), "{error}");
+    }
+
+    let requests: String = (0..20)
+        .map(|i| format!("{{\"id\": {i}, \"source\": \"print({i})\", \"mode\": \"stdin\", \"tests\": [{{\"input\": \"\", \"output\": \"{}\"}}]}}\n", i % 10))
+        .chain(["rubbish\n".to_owned()])
+        .collect();
+    let mut replies = Vec::new();
+    dust_train::sandbox::serve(sandbox(), requests.as_bytes(), &mut replies).expect("serve");
+    let replies = String::from_utf8(replies).expect("text");
+    assert_eq!(replies.lines().count(), 21);
+    for line in replies.lines() {
+        let reply: Value = serde_json::from_str(line).expect("json");
+        match reply["id"].as_u64() {
+            Some(id) => assert_eq!(
+                reply["verdict"],
+                if id < 10 { "passed" } else { "wrong_answer" }
+            ),
+            None => assert!(reply["error"].is_string()),
+        }
+    }
+}

@@ -23,6 +23,7 @@
 mod cgroup;
 mod data;
 mod effective;
+mod exec;
 mod janitor;
 mod landlock;
 mod program;
@@ -42,6 +43,7 @@ use serde::{Deserialize, Serialize};
 
 pub use data::{Data, Tuples};
 pub use effective::{Effective, Layer};
+pub use exec::{exec, serve};
 pub use program::{Limits, Mode, Outcome, Program, Test, TestOutcome, Verdict};
 pub use stdout::same_output;
 
@@ -78,8 +80,13 @@ pub struct SandboxConfig {
 /// What every worker needs to know.
 struct Setup {
     python: PathBuf,
+}
+
+/// How a program is judged.
+#[derive(Clone, Copy)]
+struct Rules {
     grading: Grading,
-    stop_at_first_failure: bool,
+    all_tests: bool,
 }
 
 impl Setup {
@@ -104,6 +111,7 @@ impl Setup {
 /// Runs programs. Share it freely: it hands out as many workers as it has.
 pub struct Sandbox {
     setup: Arc<Setup>,
+    rules: Rules,
     effective: Effective,
     idle: Mutex<Vec<Worker>>,
 }
@@ -118,8 +126,6 @@ impl Sandbox {
             .max(1);
         let setup = Arc::new(Setup {
             python: python(config.python)?,
-            grading: config.grading,
-            stop_at_first_failure: !config.all_tests,
         });
         let zygote = setup.start_zygote()?;
         let mut effective = effective(&setup, &zygote, workers);
@@ -133,8 +139,13 @@ impl Sandbox {
         let mut worker = Worker::with(setup.clone(), zygote);
         self_test(&mut worker, &mut effective)?;
         let idle = Mutex::new(vec![worker]);
+        let rules = Rules {
+            grading: config.grading,
+            all_tests: config.all_tests,
+        };
         Ok(Self {
             setup,
+            rules,
             effective,
             idle,
         })
@@ -147,11 +158,22 @@ impl Sandbox {
 
     /// Runs one program.
     pub fn run(&self, program: &Program, limits: &Limits) -> Outcome {
+        self.run_with(program, limits, self.rules.grading, self.rules.all_tests)
+    }
+
+    /// Runs one program by other rules than the configured ones.
+    pub fn run_with(
+        &self,
+        program: &Program,
+        limits: &Limits,
+        grading: Grading,
+        all_tests: bool,
+    ) -> Outcome {
         let idle = || self.idle.lock().unwrap_or_else(PoisonError::into_inner);
         let mut worker = idle()
             .pop()
             .unwrap_or_else(|| Worker::new(self.setup.clone()));
-        let outcome = worker.run(program, limits);
+        let outcome = worker.run(program, limits, Rules { grading, all_tests });
         idle().push(worker);
         outcome
     }
@@ -278,7 +300,11 @@ fn self_test(worker: &mut Worker, effective: &mut Effective) -> Result<()> {
         tests: vec![Test::function(&arguments, &serde_json::json!([]))],
         test_code: None,
     };
-    let outcome = worker.run(&program, &Limits::default());
+    let rules = Rules {
+        grading: Grading::Process,
+        all_tests: false,
+    };
+    let outcome = worker.run(&program, &Limits::default(), rules);
     let test = outcome
         .tests
         .into_iter()

@@ -231,8 +231,25 @@ fn pid_of(fd: &OwnedFd) -> Option<u32> {
         .ok()
 }
 
+/// Processes and threads of a user, the whole machine over.
+pub(super) fn tasks_of(uid: u32) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(entries) = fs::read_dir("/proc") else {
+        return 0;
+    };
+    entries
+        .filter_map(|entry| {
+            let entry = entry.ok()?;
+            let pid = entry.file_name().to_str()?.parse().ok()?;
+            (entry.metadata().ok()?.uid() == uid).then(|| Process::read(pid))?
+        })
+        .map(|process| process.threads)
+        .sum()
+}
+
 struct Process {
     session: u32,
+    threads: u64,
     cpu_s: f64,
     rss_kb: u64,
 }
@@ -246,6 +263,7 @@ impl Process {
         let ticks = number(11)? + number(12)? + number(13)? + number(14)?;
         Some(Self {
             session: number(3)? as u32,
+            threads: number(17)?,
             cpu_s: ticks as f64 / 100.0, // USER_HZ is 100 on every architecture that we support
             rss_kb: number(21)? * 4,
         })

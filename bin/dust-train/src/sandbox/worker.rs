@@ -13,10 +13,10 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::pipe2;
 
 use super::data::{Data, Tuples};
-use super::supervise::{Capture, Running, supervise};
+use super::supervise::{Capture, Running, supervise, tasks_of};
 use super::verdict::{self, Ran};
-use super::zygote::{Job, Zygote};
-use super::{Grading, Limits, Mode, Outcome, Program, Setup, TestOutcome, Verdict};
+use super::zygote::{Facts, Job, Zygote};
+use super::{Grading, Limits, Mode, Outcome, Program, Rules, Setup, TestOutcome, Verdict};
 
 const STDERR_BYTES: u64 = 64 << 10;
 const ATTEMPTS: usize = 3;
@@ -52,7 +52,7 @@ impl Worker {
     }
 
     /// Runs the tests in order.
-    pub fn run(&mut self, program: &Program, limits: &Limits) -> Outcome {
+    pub fn run(&mut self, program: &Program, limits: &Limits, rules: Rules) -> Outcome {
         let count = match program.mode {
             Mode::Assert => 1,
             _ => program.tests.len(),
@@ -65,10 +65,10 @@ impl Worker {
         }
         let mut tests = Vec::new();
         for index in 0..count {
-            let outcome = self.run_with_retries(program, index, limits);
+            let outcome = self.run_with_retries(program, index, limits, rules);
             let passed = outcome.verdict == Verdict::Passed;
             tests.push(outcome);
-            if !passed && self.setup.stop_at_first_failure {
+            if !passed && !rules.all_tests {
                 break;
             }
         }
@@ -80,11 +80,12 @@ impl Worker {
         program: &Program,
         index: usize,
         limits: &Limits,
+        rules: Rules,
     ) -> TestOutcome {
         let mut attempt = 0;
         loop {
             attempt += 1;
-            let error = match self.run_test(program, index, limits) {
+            let error = match self.run_test(program, index, limits, rules) {
                 Ok(outcome) if outcome.verdict != Verdict::InfraError => return outcome,
                 Ok(outcome) if attempt == ATTEMPTS => return outcome,
                 Ok(_) => None,
@@ -106,13 +107,14 @@ impl Worker {
         program: &Program,
         index: usize,
         limits: &Limits,
+        rules: Rules,
     ) -> Result<TestOutcome> {
         if self.hostile.is_none() {
             self.hostile = Some(self.setup.start_zygote()?);
         }
         match program.mode {
             Mode::Assert => self.run_asserts(program, limits),
-            _ => self.run_alone(program, index, limits),
+            _ => self.run_alone(program, index, limits, rules),
         }
     }
 
@@ -121,6 +123,7 @@ impl Worker {
         program: &Program,
         index: usize,
         limits: &Limits,
+        rules: Rules,
     ) -> Result<TestOutcome> {
         let zygote = self.hostile.as_mut().context("sandbox: no interpreter")?;
         let test = &program.tests[index];
@@ -163,9 +166,7 @@ impl Worker {
             Ran::Trouble(trouble) => return Ok(TestOutcome::trouble(trouble)),
             Ran::Cleanly => match &expected {
                 None => verdict::printed(&running, &test.output),
-                Some(expected) => {
-                    verdict::returned(&running, expected, self.setup.grading.tuples())
-                }
+                Some(expected) => verdict::returned(&running, expected, rules.grading.tuples()),
             },
         };
         clear(scratch);
@@ -296,7 +297,7 @@ fn start<'a>(
         entry_point: program.entry_point.as_deref(),
         files_bytes: (limits.files_mb << 20).max(4096),
         files_count: FILES,
-        rlimits: rlimits(limits, zygote.facts.isolated),
+        rlimits: rlimits(limits, &zygote.facts),
         scratch: scratch.clone(),
     };
     let mut fds = vec![
@@ -320,7 +321,7 @@ fn start<'a>(
 }
 
 /// The limits that the kernel keeps for each process. They back the box-wide ones up.
-fn rlimits(limits: &Limits, isolated: bool) -> BTreeMap<&'static str, (u64, u64)> {
+fn rlimits(limits: &Limits, facts: &Facts) -> BTreeMap<&'static str, (u64, u64)> {
     let cpu = limits.cpu_s.ceil() as u64 + 1;
     let memory = limits.memory_mb << 20;
     let mut all = BTreeMap::from([
@@ -338,11 +339,15 @@ fn rlimits(limits: &Limits, isolated: bool) -> BTreeMap<&'static str, (u64, u64)
         ("RLIMIT_RTPRIO", (0, 0)),
         ("RLIMIT_NICE", (0, 0)),
     ]);
-    if isolated {
-        // Counted by user namespace. Elsewhere it would count everything else of that user.
-        let processes = u64::from(limits.processes) + 2;
-        all.insert("RLIMIT_NPROC", (processes, processes));
-    }
+    // Counted by user namespace; where there is none, with everything else of that user. Two more
+    // for the interpreter itself and the process that waits for it.
+    let others = if facts.isolated {
+        0
+    } else {
+        tasks_of(facts.uid)
+    };
+    let processes = others + u64::from(limits.processes) + 2;
+    all.insert("RLIMIT_NPROC", (processes, processes));
     all
 }
 
