@@ -30,8 +30,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
     })?;
     let (input, output) = (io::stdin(), io::stdout());
     if args.serve {
-        sandbox::serve(&sandbox, input.lock(), output.lock())
+        sandbox::serve(&sandbox, io::BufReader::new(input), output)
     } else {
-        sandbox::exec(&sandbox, input.lock(), output.lock())
+        sandbox::exec(&sandbox, io::BufReader::new(input), output)
     }
 }
