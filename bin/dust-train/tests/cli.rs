@@ -1,12 +1,13 @@
 //! The program from outside: what it prints, its exit status, and what it leaves behind.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use assert_cmd::Command as Program;
-use dust_train::checkpoint::Checkpoint;
+use dust_train::checkpoint::{Checkpoint, Dtype, save};
 use predicates::prelude::*;
 use predicates::str::{contains, is_empty, starts_with};
 use serde_json::{Value, json};
@@ -395,6 +396,54 @@ fn the_judge_says_plainly_that_a_random_model_gives_no_ranking() {
         }
         code => panic!("{code:?} {stderr}"),
     }
+}
+
+/// The test model in a folder, with room for longer texts than the original has.
+fn long_model(folder: &Path) {
+    let gguf = Checkpoint::open(model().to_str().unwrap()).unwrap();
+    let mut config = gguf.config().clone();
+    config.max_positions = 1024;
+    let files = gguf.text_files().unwrap();
+    save(folder, &config, Dtype::F32, &files, |name| {
+        Ok(Cow::Owned(gguf.tensor(name)?.data))
+    })
+    .unwrap();
+}
+
+#[test]
+fn the_benchmark_gives_every_figure() {
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = scratch.path().join("model");
+    long_model(&folder);
+    let bench = |args: &[&str]| {
+        let mut run = program();
+        run.args(["bench", "--rounds", "1", "--json", "--model"]);
+        let output = run.arg(&folder).args(args).output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+        let [line] = lines(&output.stdout).try_into().unwrap();
+        line
+    };
+    let speeds = bench(&["--dtype", "bf16"]);
+    assert_eq!(speeds["dtype"], "bf16");
+    for name in [
+        "prefill_512",
+        "decode_1",
+        "decode_8",
+        "decode_16",
+        "train_4x512",
+    ] {
+        assert!(speeds[name].as_f64().unwrap() > 0.0, "{name}: {speeds}");
+    }
+    let steps = bench(&["--shared-prefix"]);
+    let ratio =
+        steps["unshared_step_s"].as_f64().unwrap() / steps["shared_step_s"].as_f64().unwrap();
+    assert!(
+        (ratio / steps["speedup"].as_f64().unwrap() - 1.0).abs() < 1e-9,
+        "{steps}"
+    );
+
+    let short = with_model("bench").assert().code(2).stdout(is_empty());
+    short.stderr(one_line().and(contains("context: the model's context is 256")));
 }
 
 #[test]

@@ -9,9 +9,10 @@ use dust_kernels::adamw::{AdamW, AdamWConfig};
 use dust_kernels::{Buffer, Cpu, Device};
 use serde::Serialize;
 
+use super::InputError;
+use crate::interrupt::{self, Interrupted};
 use super::model::{Loaded, ModelArgs};
 use crate::checkpoint::Checkpoint;
-use crate::interrupt::{self, Interrupted};
 use crate::model::{Batch, Model, Params, Purpose, Storage, Stored, Workspace};
 use crate::rollout::{Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
 
@@ -47,6 +48,8 @@ const DECODE_PROMPT: usize = 96;
 const DECODE_STEPS: usize = 64;
 const TRAIN: (usize, usize) = (4, 512);
 const GROUP: (usize, usize, usize) = (512, 8, 64);
+/// The longest sequence among all of these.
+const LONGEST: usize = GROUP.0 + GROUP.2;
 
 /// Tokens per second.
 #[derive(Serialize)]
@@ -70,8 +73,15 @@ struct SharedPrefix {
 pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
     let rounds = usize::from(args.rounds);
     let mut out = io::stdout();
+    let checkpoint = Checkpoint::open(&args.model.model)?;
+    let context = checkpoint.config().max_positions;
+    if context < LONGEST {
+        let problem = format!("the model's context is {context}, the figures need {LONGEST}");
+        let remedy = "measure a model with a longer context";
+        return Err(InputError::new(&args.model.model, "context", problem, remedy).into());
+    }
     if args.shared_prefix {
-        let found = shared_prefix(args, cpu, rounds)?;
+        let found = shared_prefix(cpu, &checkpoint, rounds)?;
         return if args.json {
             print_json(&found)
         } else {
@@ -95,7 +105,7 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
         decode(cpu, &loaded, rounds, 16)?,
     ];
     drop(loaded.model);
-    let train_4x512 = train(cpu, &loaded.checkpoint, rounds)?;
+    let train_4x512 = train(cpu, &checkpoint, rounds)?;
     let speeds = Speeds {
         dtype: args.model.dtype,
         prefill_512,
@@ -181,7 +191,8 @@ fn decode(cpu: &Cpu, loaded: &Loaded, rounds: usize, samples: usize) -> Result<f
                         elapsed = start.elapsed();
                     }
                 }
-                None if produced.iter().all(|&n| n >= 2) && produced.iter().sum::<usize>() > 0 => {
+                // A step reports its samples in the order of their prompts.
+                None if request + 1 == samples && produced.iter().all(|&n| n >= 2) => {
                     started = Some(Instant::now());
                 }
                 None => {}
@@ -207,10 +218,9 @@ fn train(cpu: &Cpu, checkpoint: &Checkpoint, rounds: usize) -> Result<f64> {
     Ok((TRAIN.0 * TRAIN.1) as f64 / time)
 }
 
-fn shared_prefix(args: &Args, cpu: &Cpu, rounds: usize) -> Result<SharedPrefix> {
-    let checkpoint = Checkpoint::open(&args.model.model)?;
+fn shared_prefix(cpu: &Cpu, checkpoint: &Checkpoint, rounds: usize) -> Result<SharedPrefix> {
     let (prompt, answers, answer) = GROUP;
-    let mut trainer = Trainer::new(cpu, &checkpoint, answers * (prompt + answer), true)?;
+    let mut trainer = Trainer::new(cpu, checkpoint, answers * (prompt + answer), true)?;
     let prompt = tokens(prompt, 0, &trainer.model);
     let answers: Vec<_> = (1..=answers)
         .map(|i| tokens(answer, i, &trainer.model))

@@ -134,7 +134,7 @@ pub(super) fn load<B: Backend>(
             Stored::Bf16(_) => bail!("the model was loaded without master weights"),
         }
     }
-    let mut moments = |kind: &str, tree: &mut Params<B::Buf<f32>>| -> Result<()> {
+    let moments = |kind: &str, tree: &mut Params<B::Buf<f32>>| -> Result<()> {
         for (i, buffer) in tree.iter_mut().enumerate() {
             device.write(buffer, 0, &values(kind, i, buffer.len())?)?;
         }
