@@ -3,6 +3,22 @@
 use crate::{Device, Result};
 
 /// The gated activation of the MLP.
+///
+/// Gates of any size are safe: far below 0 the result is 0, far above it is `gate * up`.
+///
+/// ```
+/// # fn main() -> dust_kernels::Result<()> {
+/// use dust_kernels::{Cpu, Device, activation::Activation};
+/// let cpu = Cpu::new();
+/// let gate_up = cpu.upload(&[0.0f32, 1.0, 5.0, 2.0])?; // gates 0 and 1, ups 5 and 2
+/// let mut out = cpu.zeros(2)?;
+/// cpu.swiglu(1, 2, &gate_up, &mut out)?;
+/// let out = cpu.download(&out)?;
+/// assert_eq!(out[0], 0.0);
+/// assert!((out[1] - 2.0 / (1.0 + (-1.0f32).exp())).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
 pub trait Activation: Device {
     /// `out[i, j] = silu(gate_up[i, j]) * gate_up[i, width + j]`; `gate_up` is `[rows, 2 * width]`.
     ///

@@ -35,14 +35,40 @@ impl Default for AdamWConfig {
 }
 
 /// The optimizer.
+///
+/// The norm never leaves the device: [`AdamW::sum_of_squares`] for each gradient,
+/// [`AdamW::clip_scale`] once, then [`AdamW::adamw`] with the scale for each parameter.
+///
+/// ```
+/// # fn main() -> dust_kernels::Result<()> {
+/// use dust_kernels::{Cpu, Device, adamw::{AdamW, AdamWConfig}};
+/// let cpu = Cpu::new();
+/// let grad = cpu.upload(&[3.0f32, -4.0])?;
+/// let mut param = cpu.upload(&[1.0f32, 1.0])?;
+/// let (mut m, mut v) = (cpu.zeros(2)?, cpu.zeros(2)?);
+/// let (mut squares, mut norm, mut scale) = (cpu.zeros(1)?, cpu.zeros(1)?, cpu.zeros(1)?);
+/// cpu.sum_of_squares(2, &grad, &mut squares, 0)?;
+/// cpu.clip_scale(1, 1.0, &squares, &mut norm, &mut scale)?;
+/// assert_eq!(cpu.download(&norm)?, [5.0]);
+/// let config = AdamWConfig { learning_rate: 0.1, weight_decay: 0.0, ..Default::default() };
+/// cpu.adamw(&config, 2, &scale, &grad, &mut param, &mut m, &mut v, None)?;
+/// // The first step is as long as the learning rate, whatever the gradient.
+/// let param = cpu.download(&param)?;
+/// assert!((param[0] - 0.9).abs() < 1e-6 && (param[1] - 1.1).abs() < 1e-6);
+/// # Ok(())
+/// # }
+/// ```
 pub trait AdamW: Device {
     /// One step over `len` parameters: with `g = scale[0] * grad`,
     /// `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
     /// `p -= lr * (m / (1 - b1^t) / (sqrt(v / (1 - b2^t)) + eps) + decay * p)`; then `copy = bf16(p)`
-    /// rounded to nearest even, where a copy is given.
+    /// rounded to nearest even, where a copy is given (NaN stays NaN).
+    ///
+    /// A scale of 0 skips the step: nothing is written, so that a gradient with NaN or infinity,
+    /// for which [`AdamW::clip_scale`] gives 0, harms neither parameters nor moments.
     ///
     /// # Errors
-    /// Short buffers, `step` 0.
+    /// Short buffers, `step` 0, a beta outside of `0 <= beta < 1`.
     fn adamw(
         &self,
         config: &AdamWConfig,
@@ -55,7 +81,8 @@ pub trait AdamW: Device {
         copy: Option<&mut Self::Buf<bf16>>,
     ) -> Result<()>;
 
-    /// `out[index] = sum of x[..len]^2`, in a fixed order.
+    /// `out[index] = sum of x[..len]^2`, in f64 over fixed blocks, rounded to f32 once; infinite
+    /// from a norm of about 1.8e19 on.
     ///
     /// # Errors
     /// Short buffers.
@@ -68,8 +95,8 @@ pub trait AdamW: Device {
     ) -> Result<()>;
 
     /// From the sums of squares of all gradients: `norm[0]` is the global norm, `scale[0]` is
-    /// `min(1, max_norm / norm)`; a norm that is not finite gives scale 0, so that the step changes
-    /// no moment by it.
+    /// `min(1, max_norm / norm)`; a norm that is not finite gives scale 0, which [`AdamW::adamw`]
+    /// takes as an order to skip the step. An infinite `max_norm` only measures.
     ///
     /// # Errors
     /// Short buffers, a `max_norm` that is not positive.

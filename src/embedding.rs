@@ -3,11 +3,29 @@
 use crate::{Device, Result, Weight};
 
 /// Gathers rows, and scatters gradients back without atomics.
+///
+/// ```
+/// # fn main() -> dust_kernels::Result<()> {
+/// use dust_kernels::{Cpu, Device, Weight, embedding::Embedding};
+/// let cpu = Cpu::new();
+/// let table = cpu.upload(&[1.0f32, 2.0, 3.0, 4.0])?; // 2 tokens of width 2
+/// let tokens = cpu.upload(&[1u32, 0, 1])?;
+/// let mut out = cpu.zeros(6)?;
+/// cpu.embed(3, 2, &tokens, Weight::F32(&table), &mut out)?;
+/// assert_eq!(cpu.download(&out)?, [3.0, 4.0, 1.0, 2.0, 3.0, 4.0]);
+/// // Each use of a token adds to its gradient.
+/// let mut dtable = cpu.zeros(4)?;
+/// cpu.embed_backward(3, 2, &tokens, &out, &mut dtable)?;
+/// assert_eq!(cpu.download(&dtable)?, [1.0, 2.0, 6.0, 8.0]);
+/// # Ok(())
+/// # }
+/// ```
 pub trait Embedding: Device {
-    /// `out[i, :] = table[tokens[i], :]` for `i < rows`; the table is `[vocab, width]`.
+    /// `out[i, :] = table[tokens[i], :]` for `i < rows`; the table is `[vocab, width]`, with
+    /// as many tokens as its buffer has whole rows.
     ///
     /// # Errors
-    /// Short buffers; a token that is not below `vocab`.
+    /// Short buffers; a token that is not below `vocab`: then nothing is written.
     fn embed(
         &self,
         rows: usize,

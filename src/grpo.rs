@@ -100,11 +100,36 @@ pub struct SequenceStats {
 }
 
 /// Advantages and the policy loss.
+///
+/// ```
+/// # fn main() -> dust_kernels::Result<()> {
+/// use dust_kernels::{Cpu, Device, grpo::{AdvantageConfig, Grpo, GrpoConfig}};
+/// let cpu = Cpu::new();
+/// // One group of two answers, the first is right.
+/// let rewards = cpu.upload(&[1.0f32, 0.0])?;
+/// let mut advantages = cpu.zeros(2)?;
+/// let config = AdvantageConfig { eps: 0.0, ..Default::default() };
+/// cpu.advantages(1, 2, config, &rewards, &mut advantages)?;
+/// assert_eq!(cpu.download(&advantages)?, [1.0, -1.0]);
+/// // Answers of 1 and 3 tokens, before the first update: every ratio is 1.
+/// let offsets = cpu.upload(&[0u32, 1, 4])?;
+/// let weights = cpu.upload(&[0.25f32; 2])?; // token mean
+/// let logprob = cpu.upload(&[-1.0f32, -2.0, -0.5, -0.1])?;
+/// let (mut dlogprob, mut stats) = (cpu.zeros(4)?, cpu.zeros(2)?);
+/// cpu.grpo_loss(
+///     &GrpoConfig::default(), 2, 4, &offsets, &weights, &advantages, &logprob, &logprob, None,
+///     &mut dlogprob, &mut stats,
+/// )?;
+/// assert_eq!(cpu.download(&dlogprob)?, [-0.25, 0.25, 0.25, 0.25]);
+/// assert_eq!(cpu.download(&stats)?[1].ratio, 3.0);
+/// # Ok(())
+/// # }
+/// ```
 pub trait Grpo: Device {
     /// `advantages[g, i] = (rewards[g, i] - mean_g) / (std_g + eps)` for `groups` groups of
     /// `group_size` rewards. The statistics are two-pass in f64, the standard deviation is the
     /// population's (divided by `group_size`). A group whose rewards are all equal, compared exactly,
-    /// gets advantages of exactly 0.
+    /// gets advantages of exactly 0. A NaN among the rewards makes its group's advantages NaN.
     ///
     /// # Errors
     /// Short buffers, an empty group.
@@ -124,10 +149,17 @@ pub trait Grpo: Device {
     /// `S = min(r A, clip(r, 1 - low, 1 + high) A)`, and `max(S, dual_clip * A)` where `A < 0`.
     /// `weights[s]` carries the aggregation, over the whole mini-batch and not the call: token mean
     /// `1 / tokens of the mini-batch`, sequence mean `1 / (sequences * tokens of s)`, and so on.
-    /// `dlogprob` gets the derivative with respect to `new`.
+    /// `dlogprob` gets the derivative with respect to `new`, 0 for tokens after the last sequence.
+    ///
+    /// Log-ratios, to the rollout and to the reference, are cut to -20 ..= 20 before they are used,
+    /// with a derivative of 0 where they are cut, so that no input but NaN makes NaN. Equal bits in
+    /// `new` and `old` give a ratio of exactly 1. A ratio on a clip boundary is not clipped. With a
+    /// sequence ratio every token has the sequence's surrogate, so that its derivative keeps the
+    /// token's form, `-weights[s] * r * A`.
     ///
     /// # Errors
-    /// Short buffers; a `dual_clip` that is not above 1; `kl_coef` without a reference.
+    /// Short buffers; offsets that are not ascending from 0 to at most `tokens`; a negative clip; a
+    /// `dual_clip` that is not above 1; a `kl_coef` that is not finite, or without a reference.
     fn grpo_loss(
         &self,
         config: &GrpoConfig,

@@ -15,6 +15,21 @@ pub enum RankingReward {
 }
 
 /// Rewards and listwise losses.
+///
+/// ```
+/// # fn main() -> dust_kernels::Result<()> {
+/// use dust_kernels::{Cpu, Device, ranking::{Ranking, RankingReward}};
+/// let cpu = Cpu::new();
+/// // Two rankings of three items of which only item 2 is correct; the second names item 0 twice.
+/// let order = cpu.upload(&[0u32, 2, 1, 0, 0, 2])?;
+/// let labels = cpu.upload(&[0.0f32, 0.0, 1.0, 0.0, 0.0, 1.0])?;
+/// let mut rewards = cpu.zeros(2)?;
+/// let kind = RankingReward::PairwiseAccuracy;
+/// cpu.ranking_reward(2, 3, kind, -1.0, &order, &labels, &mut rewards)?;
+/// assert_eq!(cpu.download(&rewards)?, [0.5, -1.0]);
+/// # Ok(())
+/// # }
+/// ```
 pub trait Ranking: Device {
     /// Rewards of `rankings` rankings of `items` items each.
     ///
@@ -37,7 +52,8 @@ pub trait Ranking: Device {
     ) -> Result<()>;
 
     /// Plackett-Luce negative log-likelihood of `order` under `scores` (ListMLE, Xia et al. 2008):
-    /// `sum_i lse(s[order[i..]]) - s[order[i]]`, per list, and its gradient, scaled by `weight`.
+    /// `sum_i lse(s[order[i..]]) - s[order[i]]`, per list, and its gradient by item, both scaled by
+    /// `weight`.
     ///
     /// # Errors
     /// Short buffers; an order that is no permutation.
@@ -53,8 +69,8 @@ pub trait Ranking: Device {
     ) -> Result<()>;
 
     /// Pairwise logistic loss (RankNet, Burges et al. 2005): mean over the pairs `y_i > y_j` of
-    /// `ln(1 + exp(s_j - s_i))`, per list, and its gradient, scaled by `weight`. A list without
-    /// contrast has loss and gradient 0.
+    /// `ln(1 + exp(s_j - s_i))`, per list, and its gradient by item, both scaled by `weight`. A list
+    /// without contrast has loss and gradient 0.
     ///
     /// # Errors
     /// Short buffers.

@@ -40,14 +40,40 @@ impl Default for RowSampling {
 }
 
 /// Draws tokens.
+///
+/// ```
+/// # fn main() -> dust_kernels::Result<()> {
+/// use dust_kernels::{Cpu, Device, sampling::{RowSampling, Sampling}};
+/// let cpu = Cpu::new();
+/// // Two rows of three tokens: one greedy, one among the two best.
+/// let logits = cpu.upload(&[0.0f32, 2.0, 1.0, 5.0, 5.0, -5.0])?;
+/// let params = cpu.upload(&[
+///     RowSampling { temperature: 0.0, ..Default::default() },
+///     RowSampling { seed: 7, top_k: 2, ..Default::default() },
+/// ])?;
+/// let mut tokens = cpu.zeros::<u32>(2)?;
+/// let (mut logprob, mut kept) = (cpu.zeros(2)?, cpu.zeros(2)?);
+/// cpu.sample(2, 3, &logits, &params, &mut tokens, &mut logprob, &mut kept)?;
+/// assert_eq!(tokens[0], 1);
+/// assert!(tokens[1] < 2);
+/// assert!(kept[0] == 1.0 && kept[1] > 0.999);
+/// # Ok(())
+/// # }
+/// ```
 pub trait Sampling: Device {
     /// For each row of `logits` `[rows, vocab]`: a token, its log-probability under the *unfiltered*
-    /// softmax at the row's temperature (at temperature 1 where greedy), with the bits of
-    /// [`crate::logprob::Logprob::logprob`], and the mass that the filters kept (1 where none
+    /// softmax at the row's temperature (at temperature 1 where greedy, which knows no filters), with
+    /// the bits of [`crate::logprob::Logprob::logprob`], and the mass that the filters kept (1 where none
     /// applies): the filtered log-probability is `logprob - ln(kept)`.
     ///
-    /// A row that holds a NaN, or no finite logit, gets token `u32::MAX`, which the caller must
-    /// report: sampling goes on for the other rows.
+    /// With `z = logit * (1 / temperature)` in f32: a row that holds a NaN or positive infinity, or
+    /// no finite logit, or whose settings are not valid (a temperature that is negative or not
+    /// finite, a NaN), gets token `u32::MAX`, log-probability NaN and kept 0, which the caller must
+    /// report: sampling goes on for the other rows. Logits of negative infinity are never drawn.
+    ///
+    /// The random number is made of the upper 53 bits of the first two words (the second above the
+    /// first) of Philox4x32-10 with the key `seed` and the counter `(sequence, position, 0, 0)`; the token is where the cumulative distribution over the kept
+    /// tokens, in their order, passes it. The most probable token is always kept.
     ///
     /// # Errors
     /// Short buffers.

@@ -591,7 +591,7 @@ fn paged_calls_refuse_what_breaks_the_rules() {
         })
     ));
     assert!(matches!(
-        call(&[(0, 1, 200, 0)]),
+        call(&[(0, 1, 129, 0)]),
         Err(Error::OutOfRange { .. })
     ));
     assert!(matches!(

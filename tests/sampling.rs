@@ -194,7 +194,6 @@ fn a_million_draws_are_distributed_as_they_should_be() {
         ..Default::default()
     };
     for (vocab, range, filter) in [
-        (2, 1.0, RowSampling::default()),
         (11, 2.0, RowSampling::default()),
         (
             11,

@@ -14,8 +14,8 @@ const LIMIT: f64 = 20.0;
 
 /// A log-ratio after the cut, and the derivative of the cut.
 fn cut(log_ratio: f64) -> (f64, f64) {
-    let inside = !(log_ratio < -LIMIT || log_ratio > LIMIT);
-    (log_ratio.clamp(-LIMIT, LIMIT), f64::from(inside))
+    let outside = log_ratio.abs() > LIMIT;
+    (log_ratio.clamp(-LIMIT, LIMIT), f64::from(!outside))
 }
 
 /// Where a ratio fell.

@@ -438,3 +438,80 @@ impl Logprob for Cpu {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Device;
+
+    /// What the sampler does with written logits is what training does without them.
+    #[test]
+    fn logits_and_their_log_sum_exp_have_the_bits_of_the_fused_head() -> Result<()> {
+        let (rows, hidden, vocab) = (37, 111, 1777);
+        let wave = |len: usize, f: f32| -> Vec<f32> {
+            (0..len).map(|i| (i as f32 * f).sin() * 0.9).collect()
+        };
+        for level in [Level::Portable, Level::Avx2, Level::Avx512, Level::Neon] {
+            let Ok(cpu) = Cpu::with_threads(2).with_level(level) else {
+                continue;
+            };
+            let x = cpu.upload(&wave(rows * hidden, 0.37))?;
+            let head = cpu.upload(&wave(vocab * hidden, 0.61))?;
+            let head = Weight::F32(&head);
+            let targets: Vec<u32> = (0..rows as u32).map(|r| r * 48).collect();
+            let targets = cpu.upload(&targets)?;
+            let all = HeadShape {
+                rows,
+                hidden,
+                vocab,
+            };
+            for temperature in [1.0, 0.7] {
+                let (mut logprob, mut lse, mut entropy) =
+                    (cpu.zeros(rows)?, cpu.zeros(rows)?, cpu.zeros(rows)?);
+                cpu.logprob(
+                    all,
+                    temperature,
+                    &x,
+                    head,
+                    &targets,
+                    &mut logprob,
+                    &mut lse,
+                    &mut entropy,
+                )?;
+                for row in 0..rows {
+                    // One row at a time, as decoding goes.
+                    let one = cpu.upload(&x[row * hidden..][..hidden])?;
+                    let mut logits = cpu.zeros(vocab)?;
+                    cpu.logits(HeadShape { rows: 1, ..all }, &one, head, &mut logits)?;
+                    let inverse = 1.0 / temperature;
+                    let got = log_sum_exp(level, &logits, inverse);
+                    let z = logits[targets[row] as usize] * inverse;
+                    assert_eq!(got.lse.to_bits(), lse[row].to_bits());
+                    assert_eq!(got.entropy.to_bits(), entropy[row].to_bits());
+                    assert_eq!((z - got.lse).to_bits(), logprob[row].to_bits());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn masked_logits_have_no_share_and_nan_is_seen() {
+        for level in [Level::Portable, Level::Avx2, Level::Avx512, Level::Neon] {
+            if !level.available() {
+                continue;
+            }
+            let mut logits = vec![f32::NEG_INFINITY; 1500];
+            assert_eq!(log_sum_exp(level, &logits, 1.0).lse, f32::NEG_INFINITY);
+            (logits[3], logits[1400]) = (2.0, 2.0);
+            let two = log_sum_exp(level, &logits, 0.5);
+            assert!((two.lse - (1.0 + 2f32.ln())).abs() < 1e-6, "{level}");
+            assert!((two.entropy - 2f32.ln()).abs() < 1e-6, "{level}");
+            for at in [0, 700, 1499] {
+                let before = std::mem::replace(&mut logits[at], f32::NAN);
+                assert!(log_sum_exp(level, &logits, 1.0).lse.is_nan(), "{level}");
+                logits[at] = before;
+            }
+        }
+    }
+}

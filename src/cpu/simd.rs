@@ -419,6 +419,20 @@ mod x86 {
         _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps::<1>(a))
     }
 
+    /// Four values of row `i` in the low lane and of row `i + 4` in the high one.
+    ///
+    /// # Safety
+    /// Both rows are readable for 4 values from `at` on, and the machine has AVX.
+    #[inline(always)]
+    unsafe fn pair(rows: *const *const f32, i: usize, at: usize) -> __m256 {
+        // SAFETY: by the caller.
+        unsafe {
+            let low = _mm_loadu_ps((*rows.add(i)).add(at));
+            let high = _mm_loadu_ps((*rows.add(i + 4)).add(at));
+            _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
+        }
+    }
+
     /// # Safety
     /// The contract of [`Simd::transpose`] for 8 lanes.
     #[inline(always)]
@@ -426,27 +440,20 @@ mod x86 {
         // SAFETY: the caller's 8 rows are readable for 8 values from `at` on, `dst` holds a square
         // of 8, and the machine has AVX.
         unsafe {
-            for half in 0..2 {
-                // Row i in the low lane and row i + 4 in the high one.
-                let pair = |i: usize| {
-                    let low = _mm_loadu_ps((*rows.add(i)).add(at + 4 * half));
-                    let high = _mm_loadu_ps((*rows.add(i + 4)).add(at + 4 * half));
-                    _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(low), high)
-                };
-                let (a, b, c, d) = (pair(0), pair(1), pair(2), pair(3));
+            for half in [0, 4] {
+                let (a, b) = (pair(rows, 0, at + half), pair(rows, 1, at + half));
+                let (c, d) = (pair(rows, 2, at + half), pair(rows, 3, at + half));
                 let (ab_low, ab_high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
                 let (cd_low, cd_high) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
-                let dst = dst.add(4 * half * stride);
-                _mm256_storeu_ps(dst, _mm256_shuffle_ps::<0x44>(ab_low, cd_low));
-                _mm256_storeu_ps(dst.add(stride), _mm256_shuffle_ps::<0xEE>(ab_low, cd_low));
-                _mm256_storeu_ps(
-                    dst.add(2 * stride),
+                let columns = [
+                    _mm256_shuffle_ps::<0x44>(ab_low, cd_low),
+                    _mm256_shuffle_ps::<0xEE>(ab_low, cd_low),
                     _mm256_shuffle_ps::<0x44>(ab_high, cd_high),
-                );
-                _mm256_storeu_ps(
-                    dst.add(3 * stride),
                     _mm256_shuffle_ps::<0xEE>(ab_high, cd_high),
-                );
+                ];
+                for (j, column) in columns.into_iter().enumerate() {
+                    _mm256_storeu_ps(dst.add((half + j) * stride), column);
+                }
             }
         }
     }

@@ -10,7 +10,7 @@
 
 use super::super::Level;
 use super::super::simd::{Kernel, Simd};
-use super::forward::Block;
+use super::forward::{Block, block_rows};
 use super::tile::{Depth, End, Product, pack_columns, pack_rows, padded, with_scratch};
 use crate::attention::{CHUNK, Heads};
 
@@ -56,71 +56,96 @@ struct Scores<'a> {
 
 impl Scores<'_> {
     /// Packs the queries and output gradients of a block.
-    ///
-    /// # Safety
-    /// Inside of `Level::dispatch`; the scratch memory is large enough for the block.
-    #[inline(always)]
-    unsafe fn load(&mut self, block: &Block, gradients: &Gradients) {
-        // SAFETY: both check that their rows lie inside of their buffers.
+    fn load(&mut self, block: &Block, gradients: &Gradients) {
+        let head_dim = block.heads.head_dim;
+        // SAFETY: the pointers are to `head_dim` values.
         unsafe {
-            pack_rows(&block.queries(), block.heads.head_dim, self.queries);
-            pack_rows(&gradients.douts(block), block.heads.head_dim, self.douts);
+            pack_rows(&block.queries(), head_dim, self.queries);
+            pack_rows(&gradients.douts(block), head_dim, self.douts);
         }
     }
 
-    /// Fills `p` and `ds` of the block's lines and `count` keys; 0 from each line's limit on.
-    ///
-    /// # Safety
-    /// As for `load`, which was called, and `keys` and `values` hold the chunk.
-    #[inline(always)]
-    unsafe fn compute<S: Simd>(
+    /// Fills `p` and `ds` of the block's lines, which `load` packed, and the first `count` of the
+    /// packed keys; 0 from each line's limit on.
+    fn compute(
         &mut self,
+        level: Level,
         block: &Block,
         gradients: &Gradients,
         count: usize,
         limits: &[usize],
     ) {
         let width = padded(block.heads.head_dim);
-        let (p, ds) = (self.p.as_mut_ptr(), self.ds.as_mut_ptr());
         let product = Product {
             a: self.queries.as_ptr(),
             a_row: width,
             a_step: 1,
             b: self.keys.as_ptr(),
             b_row: CHUNK,
-            c: p,
+            c: self.p.as_mut_ptr(),
             c_row: CHUNK,
             rows: block.lines(),
             cols: count,
             depth: Depth::All(block.heads.head_dim),
             end: End::Set,
         };
-        // SAFETY: by the caller; a line's row holds `CHUNK` values, a multiple of the lanes.
+        let output_product = Product {
+            a: self.douts.as_ptr(),
+            b: self.values.as_ptr(),
+            c: self.ds.as_mut_ptr(),
+            ..product
+        };
+        // SAFETY: the scratch memory is that large, in separate runs.
         unsafe {
-            product.run::<S>();
-            Product {
-                a: self.douts.as_ptr(),
-                b: self.values.as_ptr(),
-                c: ds,
-                ..product
-            }
-            .run::<S>();
-            let scale = S::splat(block.scale);
-            for ((line, at), &limit) in gradients.by_line(block).enumerate().zip(limits) {
-                let lse = S::splat(gradients.lse[at]);
-                let delta = S::splat(gradients.delta[at]);
-                let (p, ds) = (p.add(line * CHUNK), ds.add(line * CHUNK));
+            product.run(level);
+            output_product.run(level);
+        }
+        level.dispatch(Differentiate {
+            block,
+            gradients,
+            count,
+            limits,
+            p: self.p,
+            ds: self.ds,
+        });
+    }
+}
+
+/// Turns raw scores into `p` and `dout.v` into `ds`, in place.
+struct Differentiate<'a> {
+    block: &'a Block<'a>,
+    gradients: &'a Gradients<'a>,
+    count: usize,
+    limits: &'a [usize],
+    p: &'a mut [f32],
+    ds: &'a mut [f32],
+}
+
+impl Kernel for Differentiate<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let lines = self.gradients.by_line(self.block).zip(self.limits);
+        let rows = self.p.chunks_exact_mut(CHUNK);
+        let rows = rows.zip(self.ds.chunks_exact_mut(CHUNK));
+        for ((at, &limit), (p_row, ds_row)) in lines.zip(rows) {
+            // SAFETY: inside of `dispatch`; rows hold `CHUNK` values, a multiple of the lanes.
+            unsafe {
+                let scale = S::splat(self.block.scale);
+                let lse = S::splat(self.gradients.lse[at]);
+                let delta = S::splat(self.gradients.delta[at]);
                 for key in (0..limit).step_by(S::LANES) {
-                    let (p, ds) = (p.add(key), ds.add(key));
+                    let (p, ds) = (p_row.as_mut_ptr().add(key), ds_row.as_mut_ptr().add(key));
                     let probability = S::load(p).mul(scale).sub(lse).exp();
                     probability.store(p);
-                    let ds_here = S::load(ds).sub(delta).mul(probability).mul(scale);
-                    ds_here.store(ds);
+                    let gradient = S::load(ds).sub(delta).mul(probability).mul(scale);
+                    gradient.store(ds);
                 }
-                for key in limit..count {
-                    *p.add(key) = 0.0;
-                    *ds.add(key) = 0.0;
-                }
+            }
+            if limit < self.count {
+                p_row[limit..self.count].fill(0.0);
+                ds_row[limit..self.count].fill(0.0);
             }
         }
     }
@@ -148,72 +173,47 @@ pub(super) fn query_gradient(
     with_scratch(
         sizes,
         |[queries, douts, keys, values, p, ds, key_rows, dq]| {
-            level.dispatch(QueryGradient {
-                block,
-                gradients,
-                scores: Scores {
-                    queries,
-                    douts,
-                    keys,
-                    values,
-                    p,
-                    ds,
-                },
-                key_rows,
-                dq,
-            });
-            write(dq);
-        },
-    );
-}
-
-struct QueryGradient<'a> {
-    block: Block<'a>,
-    gradients: Gradients<'a>,
-    scores: Scores<'a>,
-    key_rows: &'a mut [f32],
-    dq: &'a mut [f32],
-}
-
-impl Kernel for QueryGradient<'_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(mut self) {
-        let Self { block, .. } = self;
-        let head_dim = block.heads.head_dim;
-        let width = padded(head_dim);
-        let mut limits = vec![0; block.lines()];
-        // SAFETY: inside of `dispatch`; `query_gradient` sized the scratch memory for the block.
-        unsafe {
-            self.dq.fill(0.0);
-            self.scores.load(&block, &self.gradients);
+            let mut scores = Scores {
+                queries,
+                douts,
+                keys,
+                values,
+                p,
+                ds,
+            };
+            let mut limits = vec![0; lines];
+            dq.fill(0.0);
+            scores.load(&block, &gradients);
             for first in (0..block.context()).step_by(CHUNK) {
                 let count = CHUNK.min(block.context() - first);
                 block.limits(first, &mut limits);
                 let chunk = block.keys.chunk(first, count);
-                pack_columns::<S>(&chunk.keys[..count], head_dim, self.scores.keys);
-                pack_columns::<S>(&chunk.values[..count], head_dim, self.scores.values);
-                pack_rows(&chunk.keys[..count], head_dim, self.key_rows);
-                self.scores
-                    .compute::<S>(&block, &self.gradients, count, &limits);
-                Product {
-                    a: self.scores.ds.as_ptr(),
+                // SAFETY: the chunk's pointers are to `head_dim` values.
+                unsafe {
+                    pack_columns(level, &chunk.keys[..count], head_dim, scores.keys);
+                    pack_columns(level, &chunk.values[..count], head_dim, scores.values);
+                    pack_rows(&chunk.keys[..count], head_dim, key_rows);
+                }
+                scores.compute(level, &block, &gradients, count, &limits);
+                let product = Product {
+                    a: scores.ds.as_ptr(),
                     a_row: CHUNK,
                     a_step: 1,
-                    b: self.key_rows.as_ptr(),
+                    b: key_rows.as_ptr(),
                     b_row: width,
-                    c: self.dq.as_mut_ptr(),
+                    c: dq.as_mut_ptr(),
                     c_row: width,
-                    rows: block.lines(),
+                    rows: lines,
                     cols: head_dim,
                     depth: Depth::Rows(limits.as_ptr()),
                     end: End::Add,
-                }
-                .run::<S>();
+                };
+                // SAFETY: the scratch memory is that large, in separate runs.
+                unsafe { product.run(level) };
             }
-        }
-    }
+            write(dq);
+        },
+    );
 }
 
 /// One reader of a key block: query rows, and how many of the block's keys the first of them sees.
@@ -229,10 +229,10 @@ pub(super) struct Reader {
 }
 
 /// The gradients of `count` keys and values: those whose positions in `keys` begin at `first`.
-pub(super) fn key_gradient<'a>(
+pub(super) fn key_gradient(
     level: Level,
-    model: Block<'a>,
-    gradients: Gradients<'a>,
+    model: Block,
+    gradients: Gradients,
     first: usize,
     count: usize,
     readers: &[Reader],
@@ -240,7 +240,8 @@ pub(super) fn key_gradient<'a>(
 ) {
     let head_dim = model.heads.head_dim;
     let width = padded(head_dim);
-    let lines = super::forward::block_rows(model.heads) * model.heads.group();
+    let step = block_rows(model.heads);
+    let lines = step * model.heads.group();
     let sizes = [
         lines * width,
         lines * width,
@@ -252,100 +253,65 @@ pub(super) fn key_gradient<'a>(
         CHUNK * width,
     ];
     with_scratch(sizes, |[queries, douts, keys, values, p, ds, dk, dv]| {
-        level.dispatch(KeyGradient {
-            model,
-            gradients,
-            first,
-            count,
-            readers,
-            scores: Scores {
-                queries,
-                douts,
-                keys,
-                values,
-                p,
-                ds,
-            },
-            dk,
-            dv,
-        });
-        write(dk, dv);
-    });
-}
-
-struct KeyGradient<'a, 'b> {
-    model: Block<'a>,
-    gradients: Gradients<'a>,
-    first: usize,
-    count: usize,
-    readers: &'b [Reader],
-    scores: Scores<'b>,
-    dk: &'b mut [f32],
-    dv: &'b mut [f32],
-}
-
-impl Kernel for KeyGradient<'_, '_> {
-    type Output = ();
-
-    #[inline(always)]
-    fn run<S: Simd>(mut self) {
-        let heads = self.model.heads;
-        let group = heads.group();
-        let width = padded(heads.head_dim);
-        let chunk = self.model.keys.chunk(self.first, self.count);
+        let mut scores = Scores {
+            queries,
+            douts,
+            keys,
+            values,
+            p,
+            ds,
+        };
         let mut limits = Vec::new();
-        // SAFETY: inside of `dispatch`; `key_gradient` sized the scratch memory for blocks of
-        // `block_rows` rows and `CHUNK` keys.
+        let chunk = model.keys.chunk(first, count);
+        dk.fill(0.0);
+        dv.fill(0.0);
+        // SAFETY: the chunk's pointers are to `head_dim` values.
         unsafe {
-            self.dk.fill(0.0);
-            self.dv.fill(0.0);
-            pack_columns::<S>(&chunk.keys[..self.count], heads.head_dim, self.scores.keys);
-            pack_columns::<S>(
-                &chunk.values[..self.count],
-                heads.head_dim,
-                self.scores.values,
-            );
-            for reader in self.readers {
-                let step = super::forward::block_rows(heads);
-                for from in (0..reader.rows).step_by(step) {
-                    let block = Block {
-                        row: reader.row + from,
-                        rows: step.min(reader.rows - from),
-                        ..self.model
-                    };
-                    limits.clear();
-                    limits.extend((0..block.lines()).map(|line| match reader.causal {
-                        true => (from + line / group + 1).min(reader.keys),
-                        false => reader.keys,
-                    }));
-                    self.scores.load(&block, &self.gradients);
-                    self.scores
-                        .compute::<S>(&block, &self.gradients, reader.keys, &limits);
-                    let product = Product {
-                        a: self.scores.ds.as_ptr(),
-                        a_row: 1,
-                        a_step: CHUNK,
-                        b: self.scores.queries.as_ptr(),
-                        b_row: width,
-                        c: self.dk.as_mut_ptr(),
-                        c_row: width,
-                        rows: reader.keys,
-                        cols: heads.head_dim,
-                        depth: Depth::All(block.lines()),
-                        end: End::Add,
-                    };
-                    product.run::<S>();
-                    Product {
-                        a: self.scores.p.as_ptr(),
-                        b: self.scores.douts.as_ptr(),
-                        c: self.dv.as_mut_ptr(),
-                        ..product
-                    }
-                    .run::<S>();
+            pack_columns(level, &chunk.keys[..count], head_dim, scores.keys);
+            pack_columns(level, &chunk.values[..count], head_dim, scores.values);
+        }
+        for reader in readers {
+            for from in (0..reader.rows).step_by(step) {
+                let block = Block {
+                    row: reader.row + from,
+                    rows: step.min(reader.rows - from),
+                    ..model
+                };
+                limits.clear();
+                limits.extend((0..block.lines()).map(|line| match reader.causal {
+                    true => (from + line / model.heads.group() + 1).min(reader.keys),
+                    false => reader.keys,
+                }));
+                scores.load(&block, &gradients);
+                scores.compute(level, &block, &gradients, reader.keys, &limits);
+                let keys_product = Product {
+                    a: scores.ds.as_ptr(),
+                    a_row: 1,
+                    a_step: CHUNK,
+                    b: scores.queries.as_ptr(),
+                    b_row: width,
+                    c: dk.as_mut_ptr(),
+                    c_row: width,
+                    rows: reader.keys,
+                    cols: head_dim,
+                    depth: Depth::All(block.lines()),
+                    end: End::Add,
+                };
+                let values_product = Product {
+                    a: scores.p.as_ptr(),
+                    b: scores.douts.as_ptr(),
+                    c: dv.as_mut_ptr(),
+                    ..keys_product
+                };
+                // SAFETY: the scratch memory is that large, in separate runs.
+                unsafe {
+                    keys_product.run(level);
+                    values_product.run(level);
                 }
             }
         }
-    }
+        write(dk, dv);
+    });
 }
 
 /// `delta[i] = dout[i] . out[i]` over runs of `head_dim`.

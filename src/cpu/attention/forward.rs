@@ -8,6 +8,7 @@
 //! Values are added up only as far as a row may see: a probability of 0 times a stale NaN would be
 //! NaN.
 
+use super::super::Level;
 use super::super::simd::{Kernel, Simd};
 use super::keys::Keys;
 use super::tile::{Depth, End, Product, pack_columns, pack_rows, padded, with_scratch};
@@ -72,24 +73,27 @@ impl Block<'_> {
     }
 
     /// Runs `write` with the outputs of the block, `padded(head_dim)` apart, and the log-sum-exps.
-    pub(super) fn forward(self, level: super::super::Level, write: impl FnOnce(&[f32], &[f32])) {
-        let width = padded(self.heads.head_dim);
+    pub(super) fn forward(self, level: Level, write: impl FnOnce(&[f32], &[f32])) {
+        let head_dim = self.heads.head_dim;
+        let width = padded(head_dim);
         let lines = self.lines();
-        let vectors = lines.next_multiple_of(16) + 16;
+        // Whole vectors from any line on.
+        let vectors = lines + 16;
         let sizes = [
             lines * width,
-            self.heads.head_dim * CHUNK,
+            head_dim * CHUNK,
             CHUNK * width,
             lines * CHUNK,
             lines * width,
-            6 * vectors,
+            vectors,
+            vectors,
+            vectors,
+            vectors,
+            vectors,
+            vectors,
         ];
-        with_scratch(sizes, |[queries, keys, values, scores, out, state]| {
-            let mut states = state.chunks_exact_mut(vectors);
-            let mut next = || states.next().unwrap_or_default();
-            let (max, sum) = (next(), next());
-            level.dispatch(Forward {
-                block: self,
+        with_scratch(sizes, |scratch| {
+            let [
                 queries,
                 keys,
                 values,
@@ -97,125 +101,131 @@ impl Block<'_> {
                 out,
                 max,
                 sum,
-                chunk_max: next(),
-                chunk_sum: next(),
-                old: next(),
-                new: next(),
-            });
+                chunk_max,
+                chunk_sum,
+                old,
+                new,
+            ] = scratch;
+            let mut limits = vec![0; lines];
+            // SAFETY: the pointers of `queries` and `chunk` are to `head_dim` values.
+            unsafe { pack_rows(&self.queries(), head_dim, queries) };
+            out.fill(0.0);
+            sum.fill(0.0);
+            max.fill(f32::NEG_INFINITY);
+            for first in (0..self.context()).step_by(CHUNK) {
+                let count = CHUNK.min(self.context() - first);
+                self.limits(first, &mut limits);
+                // Lines before it see nothing of this chunk.
+                let from = first.saturating_sub(self.position) * self.heads.group();
+                let limits = &limits[from..];
+                let chunk = self.keys.chunk(first, count);
+                // SAFETY: as above.
+                unsafe { pack_columns(level, &chunk.keys[..count], head_dim, keys) };
+                let product = Product {
+                    a: queries[from * width..].as_ptr(),
+                    a_row: width,
+                    a_step: 1,
+                    b: keys.as_ptr(),
+                    b_row: CHUNK,
+                    c: scores.as_mut_ptr(),
+                    c_row: CHUNK,
+                    rows: limits.len(),
+                    cols: count,
+                    depth: Depth::All(head_dim),
+                    end: End::Set,
+                };
+                // SAFETY: the scratch memory is that large, in separate runs.
+                unsafe { product.run(level) };
+                level.dispatch(Softmax {
+                    scale: self.scale,
+                    limits,
+                    scores,
+                    chunk_max: &mut chunk_max[from..],
+                    chunk_sum: &mut chunk_sum[from..],
+                    max: &mut max[from..],
+                    sum: &mut sum[from..],
+                    old: &mut old[from..],
+                    new: &mut new[from..],
+                });
+                let (values, values_row) = match chunk.values_stride {
+                    // 16 is a multiple of every level's lanes.
+                    Some(stride) if limits.len() < PACK_VALUES && head_dim.is_multiple_of(16) => {
+                        (chunk.values[0], stride)
+                    }
+                    _ => {
+                        // SAFETY: as above.
+                        unsafe { pack_rows(&chunk.values[..count], head_dim, values) };
+                        (values.as_ptr(), width)
+                    }
+                };
+                let product = Product {
+                    a: scores.as_ptr(),
+                    a_row: CHUNK,
+                    b: values,
+                    b_row: values_row,
+                    c: out[from * width..].as_mut_ptr(),
+                    c_row: width,
+                    cols: head_dim,
+                    depth: Depth::Rows(limits.as_ptr()),
+                    end: End::Merge {
+                        old: old[from..].as_ptr(),
+                        new: new[from..].as_ptr(),
+                    },
+                    ..product
+                };
+                // SAFETY: as above, and a chunk of pages has whole rows of values, `stride` apart.
+                unsafe { product.run(level) };
+            }
+            for (line, out) in out.chunks_exact_mut(width).take(lines).enumerate() {
+                let scale = 1.0 / sum[line];
+                out.iter_mut().for_each(|out| *out *= scale);
+                max[line] += sum[line].ln();
+            }
             write(out, max);
         });
     }
 }
 
-/// The kernel and its scratch memory. In the end `out` holds the outputs, `max` the log-sum-exps.
-struct Forward<'a> {
-    block: Block<'a>,
-    queries: &'a mut [f32],
-    keys: &'a mut [f32],
-    values: &'a mut [f32],
+/// Probabilities of a chunk, and the merge of its state with that of the chunks before. All arrays
+/// hold a value a line, with room for a whole vector from the last line on.
+struct Softmax<'a> {
+    scale: f32,
+    limits: &'a [usize],
+    /// Raw scores, `CHUNK` apart; in the end `exp(scale * score - chunk_max)`.
     scores: &'a mut [f32],
-    out: &'a mut [f32],
-    max: &'a mut [f32],
-    sum: &'a mut [f32],
     chunk_max: &'a mut [f32],
     chunk_sum: &'a mut [f32],
+    max: &'a mut [f32],
+    sum: &'a mut [f32],
+    /// What the values of the chunks before are multiplied by.
     old: &'a mut [f32],
+    /// What the values of this chunk are multiplied by.
     new: &'a mut [f32],
 }
 
-impl Kernel for Forward<'_> {
+impl Kernel for Softmax<'_> {
     type Output = ();
 
     #[inline(always)]
     fn run<S: Simd>(self) {
-        let Self { block, .. } = self;
-        let head_dim = block.heads.head_dim;
-        let width = padded(head_dim);
-        let lines = block.lines();
-        let mut limits = vec![0; lines];
-        // SAFETY: inside of `dispatch`; `Block::forward` sized the scratch memory for `lines`
-        // lines, and `Keys` and `queries` check that rows lie inside of their buffers.
-        unsafe {
-            pack_rows(&block.queries(), head_dim, self.queries);
-            self.out.fill(0.0);
-            self.sum.fill(0.0);
-            self.max.fill(f32::NEG_INFINITY);
-            for first in (0..block.context()).step_by(CHUNK) {
-                let count = CHUNK.min(block.context() - first);
-                block.limits(first, &mut limits);
-                // Lines before it see nothing of this chunk.
-                let from = first.saturating_sub(block.position) * block.heads.group();
-                let lines = lines - from;
-                let limits = &limits[from..];
-                let chunk = block.keys.chunk(first, count);
-                pack_columns::<S>(&chunk.keys[..count], head_dim, self.keys);
-                let scores = self.scores.as_mut_ptr();
-                Product {
-                    a: self.queries.as_ptr().add(from * width),
-                    a_row: width,
-                    a_step: 1,
-                    b: self.keys.as_ptr(),
-                    b_row: CHUNK,
-                    c: scores,
-                    c_row: CHUNK,
-                    rows: lines,
-                    cols: count,
-                    depth: Depth::All(head_dim),
-                    end: End::Set,
-                }
-                .run::<S>();
-                for (line, &limit) in limits.iter().enumerate() {
-                    let row = scores.add(line * CHUNK);
-                    let (max, sum) = softmax::<S>(row, limit, block.scale);
-                    self.chunk_max[from + line] = max;
-                    self.chunk_sum[from + line] = sum;
-                }
-                // Whole vectors, past the last line too: the arrays are long enough.
-                for at in (from..from + lines).step_by(S::LANES) {
-                    let (max, sum) = (self.max[at..].as_mut_ptr(), self.sum[at..].as_mut_ptr());
-                    let (before, here) = (S::load(max), S::load(self.chunk_max[at..].as_ptr()));
-                    let both = before.max(here);
-                    let (old, new) = (before.sub(both).exp(), here.sub(both).exp());
-                    let here = S::load(self.chunk_sum[at..].as_ptr());
-                    both.store(max);
-                    here.fma(new, S::load(sum).mul(old)).store(sum);
-                    old.store(self.old[at..].as_mut_ptr());
-                    new.store(self.new[at..].as_mut_ptr());
-                }
-                let (values, values_row) = match chunk.values_stride {
-                    Some(stride) if lines < PACK_VALUES && head_dim.is_multiple_of(S::LANES) => {
-                        (chunk.values[0], stride)
-                    }
-                    _ => {
-                        pack_rows(&chunk.values[..count], head_dim, self.values);
-                        (self.values.as_ptr(), width)
-                    }
-                };
-                Product {
-                    a: scores,
-                    a_row: CHUNK,
-                    a_step: 1,
-                    b: values,
-                    b_row: values_row,
-                    c: self.out.as_mut_ptr().add(from * width),
-                    c_row: width,
-                    rows: lines,
-                    cols: head_dim,
-                    depth: Depth::Rows(limits.as_ptr()),
-                    end: End::Merge {
-                        old: self.old.as_ptr().add(from),
-                        new: self.new.as_ptr().add(from),
-                    },
-                }
-                .run::<S>();
-            }
-            for (line, out) in self.out.chunks_exact_mut(width).take(lines).enumerate() {
-                let scale = S::splat(1.0 / self.sum[line]);
-                for at in (0..width).step_by(S::LANES) {
-                    let out = out.as_mut_ptr().add(at);
-                    S::load(out).mul(scale).store(out);
-                }
-                self.max[line] += self.sum[line].ln();
+        let lines = self.limits.len();
+        for (line, row) in self.scores.chunks_exact_mut(CHUNK).take(lines).enumerate() {
+            // SAFETY: inside of `dispatch`; a row has `CHUNK` values.
+            let state = unsafe { softmax::<S>(row.as_mut_ptr(), self.limits[line], self.scale) };
+            (self.chunk_max[line], self.chunk_sum[line]) = state;
+        }
+        for at in (0..lines).step_by(S::LANES) {
+            let (max, sum) = (self.max[at..].as_mut_ptr(), self.sum[at..].as_mut_ptr());
+            // SAFETY: inside of `dispatch`; a vector from each line on lies inside of the arrays.
+            unsafe {
+                let (before, here) = (S::load(max), S::load(self.chunk_max[at..].as_ptr()));
+                let both = before.max(here);
+                let (old, new) = (before.sub(both).exp(), here.sub(both).exp());
+                let here = S::load(self.chunk_sum[at..].as_ptr());
+                both.store(max);
+                here.fma(new, S::load(sum).mul(old)).store(sum);
+                old.store(self.old[at..].as_mut_ptr());
+                new.store(self.new[at..].as_mut_ptr());
             }
         }
     }

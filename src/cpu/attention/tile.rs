@@ -4,7 +4,8 @@
 //! Every element of a product is one chain of fused multiply-adds over the inner dimension, from 0
 //! up, so that its bits do not depend on the shape of the tile that it falls in.
 
-use super::super::simd::Simd;
+use super::super::Level;
+use super::super::simd::{Kernel, Simd};
 use crate::attention::CHUNK;
 use std::cell::RefCell;
 
@@ -56,9 +57,15 @@ impl Product {
     /// Computes it.
     ///
     /// # Safety
-    /// Inside of `Level::dispatch`; all pointers valid for the shape, `c` apart from the others.
+    /// All pointers are valid for the shape, and `c` lies apart from the others.
+    pub(super) unsafe fn run(self, level: Level) {
+        level.dispatch(Tiles(self));
+    }
+
+    /// # Safety
+    /// As `run`, inside of `Level::dispatch`.
     #[inline(always)]
-    pub(super) unsafe fn run<S: Simd>(self) {
+    unsafe fn tiles<S: Simd>(self) {
         let mut row = 0;
         while row < self.rows {
             // SAFETY: the rows from `row` on exist.
@@ -118,14 +125,28 @@ impl Product {
                 }
             }
             for _ in 0..limits[0] {
-                let mut right = [S::zero(); V];
-                for (v, right) in right.iter_mut().enumerate() {
-                    *right = S::load(b.add(v * S::LANES));
-                }
-                for (r, acc) in acc.iter_mut().enumerate() {
-                    let left = S::splat(*a.add(r * self.a_row));
+                // The fewer of the two operands are held, so that 16 registers do.
+                if R < V {
+                    let mut left = [S::zero(); R];
+                    for (r, left) in left.iter_mut().enumerate() {
+                        *left = S::splat(*a.add(r * self.a_row));
+                    }
                     for v in 0..V {
-                        acc[v] = left.fma(right[v], acc[v]);
+                        let right = S::load(b.add(v * S::LANES));
+                        for (left, acc) in left.iter().zip(&mut acc) {
+                            acc[v] = left.fma(right, acc[v]);
+                        }
+                    }
+                } else {
+                    let mut right = [S::zero(); V];
+                    for (v, right) in right.iter_mut().enumerate() {
+                        *right = S::load(b.add(v * S::LANES));
+                    }
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let left = S::splat(*a.add(r * self.a_row));
+                        for v in 0..V {
+                            acc[v] = left.fma(right[v], acc[v]);
+                        }
                     }
                 }
                 a = a.add(self.a_step);
@@ -163,6 +184,19 @@ impl Product {
     }
 }
 
+/// A valid product.
+struct Tiles(Product);
+
+impl Kernel for Tiles {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        // SAFETY: inside of `dispatch`; only `Product::run` makes this, of a valid product.
+        unsafe { self.0.tiles::<S>() }
+    }
+}
+
 /// Width of a row of `head_dim` values in scratch memory: whole vectors of any level.
 pub(super) fn padded(head_dim: usize) -> usize {
     head_dim.next_multiple_of(16)
@@ -171,25 +205,49 @@ pub(super) fn padded(head_dim: usize) -> usize {
 /// Writes the columns of `[rows.len(), head_dim]`: `dst[d * CHUNK + i] = rows[i][d]`.
 ///
 /// # Safety
-/// Inside of `Level::dispatch`; at most `CHUNK` rows, each readable for `head_dim` values, and
-/// `dst` holds `head_dim * CHUNK`.
-#[inline(always)]
-pub(super) unsafe fn pack_columns<S: Simd>(rows: &[*const f32], head_dim: usize, dst: &mut [f32]) {
-    debug_assert!(rows.len() <= CHUNK && dst.len() >= head_dim * CHUNK);
-    let whole_rows = rows.len() - rows.len() % S::LANES;
-    let whole_dims = head_dim - head_dim % S::LANES;
-    let dst = dst.as_mut_ptr();
-    // SAFETY: by the caller; squares lie inside of rows and `dst`, the rest is done one by one.
-    unsafe {
-        for i in (0..whole_rows).step_by(S::LANES) {
-            for d in (0..whole_dims).step_by(S::LANES) {
-                S::transpose(rows.as_ptr().add(i), d, dst.add(d * CHUNK + i), CHUNK);
+/// Each row is readable for `head_dim` values.
+pub(super) unsafe fn pack_columns(
+    level: Level,
+    rows: &[*const f32],
+    head_dim: usize,
+    dst: &mut [f32],
+) {
+    assert!(rows.len() <= CHUNK && dst.len() >= head_dim * CHUNK);
+    level.dispatch(PackColumns {
+        rows,
+        head_dim,
+        dst,
+    });
+}
+
+struct PackColumns<'a> {
+    rows: &'a [*const f32],
+    head_dim: usize,
+    dst: &'a mut [f32],
+}
+
+impl Kernel for PackColumns<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<S: Simd>(self) {
+        let Self { rows, head_dim, .. } = self;
+        let whole_rows = rows.len() - rows.len() % S::LANES;
+        let whole_dims = head_dim - head_dim % S::LANES;
+        let dst = self.dst.as_mut_ptr();
+        // SAFETY: inside of `dispatch`, by `pack_columns`, whose caller vouches for the rows;
+        // squares lie inside of rows and `dst`, the rest is done one by one.
+        unsafe {
+            for i in (0..whole_rows).step_by(S::LANES) {
+                for d in (0..whole_dims).step_by(S::LANES) {
+                    S::transpose(rows.as_ptr().add(i), d, dst.add(d * CHUNK + i), CHUNK);
+                }
             }
-        }
-        for (i, &row) in rows.iter().enumerate() {
-            let done = if i < whole_rows { whole_dims } else { 0 };
-            for d in done..head_dim {
-                *dst.add(d * CHUNK + i) = *row.add(d);
+            for (i, &row) in rows.iter().enumerate() {
+                let done = if i < whole_rows { whole_dims } else { 0 };
+                for d in done..head_dim {
+                    *dst.add(d * CHUNK + i) = *row.add(d);
+                }
             }
         }
     }
@@ -198,9 +256,9 @@ pub(super) unsafe fn pack_columns<S: Simd>(rows: &[*const f32], head_dim: usize,
 /// Copies rows of `head_dim` values to rows of `padded(head_dim)`; the padding becomes 0.
 ///
 /// # Safety
-/// Each row is readable for `head_dim` values, and `dst` holds them all.
-#[inline(always)]
+/// Each row is readable for `head_dim` values.
 pub(super) unsafe fn pack_rows(rows: &[*const f32], head_dim: usize, dst: &mut [f32]) {
+    assert!(dst.len() >= rows.len() * padded(head_dim));
     for (&row, dst) in rows.iter().zip(dst.chunks_exact_mut(padded(head_dim))) {
         // SAFETY: by the caller.
         let row = unsafe { std::slice::from_raw_parts(row, head_dim) };

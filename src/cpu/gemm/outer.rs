@@ -25,6 +25,7 @@ const NC: usize = 1024;
 /// `c[m, n] (+)= a[m, k] b[k, n]`, with `a[i, p]` at `i * a_row + p * a_col`.
 pub(crate) struct Product<'a, B> {
     pub a: &'a [f32],
+    /// One of the two strides is 1.
     pub a_row: usize,
     pub a_col: usize,
     /// Row-major.
@@ -50,6 +51,7 @@ impl<B: Stored> Product<'_, B> {
             }
             return;
         }
+        assert!(self.a_row == 1 || self.a_col == 1, "strides of a");
         let last = (m - 1) * self.a_row + (k - 1) * self.a_col;
         assert!(last < self.a.len(), "a is too short");
         assert!(k * n <= self.b.len(), "b is too short");
@@ -144,21 +146,25 @@ impl<B: Stored> Block<'_, '_, B> {
             if i >= self.rows {
                 break;
             }
+            let start = (self.i + i) * p.a_row + k * p.a_col;
             let height = MR.min(self.rows - i);
             if height < MR {
-                strip.fill(0.0);
-            }
-            let start = (self.i + i) * p.a_row + k * p.a_col;
-            if p.a_row == 1 {
                 for (q, to) in strip.chunks_exact_mut(MR).enumerate() {
-                    let from = &p.a[start + q * p.a_col..][..height];
-                    to[..height].copy_from_slice(from);
+                    to[height..].fill(0.0);
+                    for (r, to) in to[..height].iter_mut().enumerate() {
+                        *to = p.a[start + r * p.a_row + q * p.a_col];
+                    }
+                }
+            } else if p.a_row == 1 {
+                for (q, to) in strip.chunks_exact_mut(MR).enumerate() {
+                    to.copy_from_slice(&p.a[start + q * p.a_col..][..MR]);
                 }
             } else {
-                for r in 0..height {
-                    let from = p.a[start + r * p.a_row..].iter().step_by(p.a_col);
-                    for (to, from) in strip[r..].iter_mut().step_by(MR).zip(from) {
-                        *to = *from;
+                let rows: [&[f32]; MR] =
+                    std::array::from_fn(|r| &p.a[start + r * p.a_row..][..depth]);
+                for (q, to) in strip.chunks_exact_mut(MR).enumerate() {
+                    for (to, row) in to.iter_mut().zip(rows) {
+                        *to = row[q];
                     }
                 }
             }
@@ -173,9 +179,10 @@ impl<B: Stored> Block<'_, '_, B> {
     unsafe fn pack_b<S: Simd>(&self, packed: &mut [f32], k: usize, depth: usize) {
         let p = self.product;
         let nr = 2 * S::LANES;
-        for j in (0..self.columns).step_by(nr) {
-            let width = nr.min(self.columns - j);
-            for q in 0..depth {
+        // Along the rows of b, which is how they lie in memory.
+        for q in 0..depth {
+            for j in (0..self.columns).step_by(nr) {
+                let width = nr.min(self.columns - j);
                 let from = &p.b[(k + q) * p.n + self.j + j..][..width];
                 let to = &mut packed[j * depth + q * nr..][..nr];
                 to[width..].fill(0.0);

@@ -6,7 +6,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::tasks::Task;
-use crate::tasks::prompt::{Message, fenced};
+use crate::tasks::prompt::fenced;
+use crate::text::{Message, Role};
 
 /// The order in which the candidates of a group are shown: `shown()[position] = candidate`.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,10 +64,10 @@ pub fn prompt(task: &Task, programs: &[&str], order: &Permutation) -> Vec<Messag
     );
     vec![
         Message::new(
-            "system",
+            Role::System,
             "You are an expert Python programmer who reviews solutions of programming problems.",
         ),
-        Message::new("user", user),
+        Message::new(Role::User, user),
     ]
 }
 

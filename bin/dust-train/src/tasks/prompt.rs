@@ -1,27 +1,7 @@
 //! The messages that ask for a program.
 
-use serde::{Deserialize, Serialize};
-
 use super::{Mode, Task};
-
-/// One message of a conversation, in the form that chat templates read.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Message {
-    /// `system`, `user` or `assistant`.
-    pub role: String,
-    /// The text.
-    pub content: String,
-}
-
-impl Message {
-    /// A message of that role.
-    pub fn new(role: &str, content: impl Into<String>) -> Self {
-        Self {
-            role: role.to_owned(),
-            content: content.into(),
-        }
-    }
-}
+use crate::text::{Message, Role};
 
 /// Asks for a program that solves `task`. Short, so that small models follow it too.
 pub fn generation(task: &Task) -> Vec<Message> {
@@ -42,8 +22,8 @@ pub fn generation(task: &Task) -> Vec<Message> {
     }
     user += "\nAnswer with one Python code block that holds the whole program.";
     vec![
-        Message::new("system", "You are an expert Python programmer."),
-        Message::new("user", user),
+        Message::new(Role::System, "You are an expert Python programmer."),
+        Message::new(Role::User, user),
     ]
 }
 
@@ -89,7 +69,7 @@ mod tests {
         task.mode = Mode::Stdin;
         task.starter_code = None;
         assert!(user(&task).contains("standard input"));
-        assert_eq!(generation(&task)[0].role, "system");
+        assert_eq!(generation(&task)[0].role, Role::System);
     }
 
     #[test]

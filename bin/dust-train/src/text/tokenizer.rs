@@ -32,6 +32,10 @@ pub struct Tokenizer {
     eos: Option<String>,
     stops: Vec<u32>,
     vocab_size: usize,
+    /// Names of special tokens.
+    control: Vec<String>,
+    /// Names of other added tokens that are spelled like tags.
+    tags: Vec<String>,
 }
 
 impl Tokenizer {
@@ -178,7 +182,16 @@ impl Tokenizer {
             stops.push(id);
         }
         let last = special.get_vocab(true).into_values().max();
+        let added = special.get_added_tokens_decoder().into_values();
+        let (control, others): (Vec<_>, Vec<_>) = added.partition(|token| token.special);
+        let is_tag = |name: &String| name.starts_with('<') && name.ends_with('>');
         Ok(Self {
+            control: control.into_iter().map(|token| token.content).collect(),
+            tags: others
+                .into_iter()
+                .map(|token| token.content)
+                .filter(is_tag)
+                .collect(),
             path: path.to_owned(),
             prefix: empty.get_ids().to_vec(),
             vocab_size: last.map_or(0, |id| id as usize + 1),
@@ -256,6 +269,13 @@ impl Tokenizer {
     /// The tokens that end an answer, from all of the model's files.
     pub fn eos_ids(&self) -> &[u32] {
         &self.stops
+    }
+
+    /// The names of special tokens, and with `tags` of other added tokens that are spelled like tags
+    /// (`<think>` of Qwen3, which its vocabulary does not call special).
+    pub(super) fn control_tokens(&self, tags: bool) -> impl Iterator<Item = &str> {
+        let tags = self.tags.iter().filter(move |_| tags);
+        self.control.iter().chain(tags).map(String::as_str)
     }
 
     /// The content of a `tokenizer.json`.

@@ -1,0 +1,45 @@
+//! Asking the judge and reading its answer: the same in training and in the evaluation.
+
+use super::{Config, Session};
+use crate::judge::{Invalid, Permutation, parse, prompt};
+use crate::tasks::Task;
+use anyhow::Result;
+use dust_kernels::Backend;
+
+/// One question to the judge.
+pub(super) struct Question {
+    pub tokens: Vec<u32>,
+    order: Permutation,
+}
+
+impl Question {
+    /// Shows `programs` in the order number `index` of this group.
+    pub fn new<B: Backend>(
+        session: &Session<B>,
+        config: &Config,
+        task: &Task,
+        programs: &[String],
+        group: &str,
+        index: usize,
+    ) -> Result<Self> {
+        let order = Permutation::seeded(programs.len(), config.seed, group, index);
+        let shown: Vec<&str> = programs.iter().map(String::as_str).collect();
+        Ok(Self {
+            tokens: session.encode(&prompt(task, &shown, &order), &config.judge.prefix)?,
+            order,
+        })
+    }
+
+    /// The candidates from best to worst, as an answer ranks them, and the position picked first.
+    pub fn read(
+        &self,
+        config: &Config,
+        thinking: bool,
+        answer: &str,
+    ) -> Result<(Vec<usize>, usize), Invalid> {
+        let text = format!("{}{answer}", config.judge.prefix);
+        let k = self.order.shown().len();
+        let positions = parse(&text, k, thinking, config.judge.parse)?;
+        Ok((self.order.candidates(&positions), positions[0]))
+    }
+}

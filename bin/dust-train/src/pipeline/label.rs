@@ -1,0 +1,151 @@
+//! Stage 2: the sandbox runs every candidate on its problem's tests.
+
+use super::sample::CANDIDATES;
+use super::session::progress;
+use super::{Candidate, Config, Manifest, Problems, RunFolder, check_interrupt, interrupted};
+use crate::sandbox::{self, Outcome, Sandbox, SandboxConfig, Verdict};
+use crate::tasks::{self, Task};
+use anyhow::{Context, Result, bail};
+use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
+
+/// The stage's file.
+pub const VERDICTS: &str = "verdicts.jsonl";
+
+/// A candidate's verdict.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Labelled {
+    /// The problem's name.
+    pub problem: String,
+    /// The candidate's number.
+    pub sample: u32,
+    /// What became of it. `infra_error` is no label: the candidate is then left out.
+    pub verdict: Verdict,
+    /// The first test that failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub failed_test: Option<usize>,
+}
+
+/// The sandbox's form of a task with a program.
+pub(super) fn program(task: &Task, code: &str) -> sandbox::Program {
+    sandbox::Program {
+        source: task.program(code),
+        mode: match task.mode {
+            tasks::Mode::Stdin => sandbox::Mode::Stdin,
+            tasks::Mode::Function => sandbox::Mode::Function,
+            tasks::Mode::Assert => sandbox::Mode::Assert,
+        },
+        entry_point: task.entry_point.clone(),
+        tests: task
+            .tests
+            .iter()
+            .map(|test| match task.mode {
+                tasks::Mode::Stdin => {
+                    let text = |v: &serde_json::Value| v.as_str().unwrap_or_default().to_owned();
+                    sandbox::Test::stdin(text(&test.input), text(&test.output))
+                }
+                _ => sandbox::Test {
+                    input: test.input.to_string(),
+                    output: test.output.to_string(),
+                },
+            })
+            .collect(),
+        test_code: task.test_code.clone(),
+    }
+}
+
+/// A sandbox as `config` asks for.
+pub(super) fn open_sandbox(config: &Config) -> Result<Sandbox> {
+    Sandbox::new(SandboxConfig {
+        allow_weak: config.sandbox.allow_weak.clone(),
+        workers: config.sandbox.workers,
+        ..SandboxConfig::default()
+    })
+}
+
+/// Runs programs in pieces, so that an interrupt is heard, and hands each outcome over.
+pub(super) fn run_programs(
+    sandbox: &Sandbox,
+    config: &Config,
+    programs: &[sandbox::Program],
+    mut on_done: impl FnMut(usize, Outcome) -> Result<()> + Send,
+) -> Result<()> {
+    let bar = progress("label", programs.len() as u64);
+    let mut result = Ok(());
+    for (piece, start) in programs.chunks(64).zip((0..).step_by(64)) {
+        sandbox.run_all(piece, &config.sandbox.limits, |i, outcome| {
+            bar.inc(1);
+            if result.is_ok() {
+                result = on_done(start + i, outcome);
+            }
+        });
+        if result.is_err() || interrupted() {
+            break;
+        }
+    }
+    bar.finish_and_clear();
+    result.and_then(|()| check_interrupt())
+}
+
+/// Labels `candidates.jsonl` into `verdicts.jsonl`.
+///
+/// # Errors
+/// A sandbox that cannot be had as strict as asked for; a candidate whose problem is gone.
+pub fn label(config: &Config, run: &RunFolder) -> Result<()> {
+    if run.has(VERDICTS) {
+        return Ok(());
+    }
+    let candidates: Vec<Candidate> = run.read_lines(CANDIDATES, "sample")?;
+    let problems = Problems::load(config)?;
+    let by_id = problems.by_id();
+    let mut partial = run.resume::<Labelled>(VERDICTS)?;
+    let done: HashSet<(String, u32)> = partial
+        .lines
+        .iter()
+        .map(|l| (l.problem.clone(), l.sample))
+        .collect();
+    let (mut todo, mut programs) = (Vec::new(), Vec::new());
+    for candidate in &candidates {
+        let Some(code) = &candidate.program else {
+            continue;
+        };
+        if done.contains(&(candidate.problem.clone(), candidate.sample)) {
+            continue;
+        }
+        let task = by_id.get(candidate.problem.as_str()).with_context(|| {
+            format!(
+                "{}: problem `{}` is not in {}",
+                run.file(CANDIDATES).display(),
+                candidate.problem,
+                config.tasks.source
+            )
+        })?;
+        programs.push(program(task, code));
+        todo.push(candidate);
+    }
+    let sandbox = open_sandbox(config)?;
+    let effective = serde_json::to_value(sandbox.effective())?;
+    Manifest::update(run, |m| m.sandbox = Some(effective))?;
+    run_programs(&sandbox, config, &programs, |i, outcome| {
+        partial.push(Labelled {
+            problem: todo[i].problem.clone(),
+            sample: todo[i].sample,
+            verdict: outcome.verdict,
+            failed_test: outcome.failed_test,
+        })
+    })?;
+    let all = run.finish(VERDICTS, partial, |l| (l.problem.clone(), l.sample))?;
+    let count = |verdict| all.iter().filter(|l| l.verdict == verdict).count();
+    let (passed, trouble) = (count(Verdict::Passed), count(Verdict::InfraError));
+    eprintln!(
+        "label: {} programs, {passed} passed, {trouble} without a verdict",
+        all.len()
+    );
+    if trouble * 2 > all.len() {
+        bail!(
+            "{}: the sandbox gave no verdict for most programs; see `dust-train doctor`",
+            run.file(VERDICTS).display()
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! What every stage that runs the model shares: the device, the model, its tokenizer and template.
+
+use super::{Config, interrupted};
+use crate::checkpoint::Checkpoint;
+use crate::model::Model;
+use crate::rollout::{Completion, Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
+use crate::tasks::prompt;
+use crate::text::{ChatOptions, ChatTemplate, Message, Role, Tokenizer, encode_chat};
+use anyhow::{Context, Result};
+use dust_kernels::Backend;
+use indicatif::{ProgressBar, ProgressStyle};
+use sha2::{Digest, Sha256};
+use std::ops::ControlFlow;
+use std::time::{Duration, UNIX_EPOCH};
+
+/// A model that is ready to talk.
+pub struct Session<B: Backend> {
+    /// Where it runs.
+    pub device: B,
+    /// The model.
+    pub model: Model<B>,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    /// Its files that are not weights, for checkpoints.
+    pub text_files: Vec<(String, Vec<u8>)>,
+    template: ChatTemplate,
+    thinking: Option<bool>,
+    batch: usize,
+}
+
+impl<B: Backend> Session<B> {
+    /// Loads the model of `config`, or `checkpoint` in its place; `train` keeps master weights.
+    ///
+    /// # Errors
+    /// What loading reports.
+    pub fn load(
+        device: B,
+        config: &Config,
+        checkpoint: Option<&std::path::Path>,
+        train: bool,
+    ) -> Result<Self> {
+        let path = match checkpoint {
+            Some(path) => path
+                .to_str()
+                .with_context(|| format!("{}: the path is not UTF-8", path.display()))?,
+            None => &config.model.path,
+        };
+        let checkpoint = Checkpoint::open(path)?;
+        let tokenizer = checkpoint.tokenizer()?;
+        Ok(Self {
+            model: Model::load(&device, &checkpoint, config.model.storage, train)?,
+            template: checkpoint.chat_template(&tokenizer)?,
+            text_files: checkpoint.text_files()?,
+            thinking: config.model.thinking,
+            batch: config.model.batch,
+            tokenizer,
+            device,
+        })
+    }
+
+    /// The tokens of a conversation whose answer is open and begins with `prefix`.
+    ///
+    /// # Errors
+    /// What the template reports.
+    pub fn encode(&self, messages: &[prompt::Message], prefix: &str) -> Result<Vec<u32>> {
+        let messages: Vec<Message> = messages
+            .iter()
+            .map(|m| {
+                let role = match m.role.as_str() {
+                    "system" => Role::System,
+                    "assistant" => Role::Assistant,
+                    _ => Role::User,
+                };
+                Message::new(role, m.content.clone())
+            })
+            .collect();
+        let options = ChatOptions {
+            add_generation_prompt: true,
+            enable_thinking: self.thinking,
+            // One day for all runs, so that a prompt does not depend on when it was made.
+            now: UNIX_EPOCH + Duration::from_secs(1_750_000_000),
+        };
+        let mut tokens = encode_chat(&self.template, &self.tokenizer, &messages, &options)?;
+        if !prefix.is_empty() {
+            tokens.extend(self.tokenizer.encode(prefix, false)?);
+        }
+        Ok(tokens)
+    }
+
+    /// Whether the template leaves the model inside of an open thought.
+    ///
+    /// # Errors
+    /// What the template reports.
+    pub fn opens_thought(&self) -> Result<bool> {
+        let tokens = self.encode(&[prompt::Message::new("user", "?")], "")?;
+        Ok(self
+            .tokenizer
+            .decode(&tokens)
+            .trim_end()
+            .ends_with("<think>"))
+    }
+
+    /// The text of an answer, without its stop token.
+    pub fn text(&self, tokens: &[u32]) -> String {
+        let end = match tokens.last() {
+            Some(last) if self.stop_tokens().contains(last) => tokens.len() - 1,
+            _ => tokens.len(),
+        };
+        self.tokenizer.decode(&tokens[..end])
+    }
+
+    fn stop_tokens(&self) -> &[u32] {
+        self.tokenizer.eos_ids()
+    }
+
+    /// An engine with room for `model.batch` samples of these requests.
+    ///
+    /// # Errors
+    /// Out of memory.
+    pub fn engine(&self, longest_prompt: usize, max_tokens: usize) -> Result<Engine<B>> {
+        let longest = (longest_prompt + max_tokens).min(self.model.max_positions());
+        Engine::new(
+            &self.device,
+            &self.model,
+            EngineConfig::for_length(self.batch, longest),
+        )
+    }
+
+    /// Draws all samples under a progress bar. `on_done` hears of each; an interrupt breaks off.
+    ///
+    /// # Errors
+    /// What the engine and `on_done` report.
+    pub fn generate(
+        &self,
+        engine: &mut Engine<B>,
+        what: &str,
+        requests: &[Request],
+        settings: &SamplingSettings,
+        stop: &[String],
+        mut on_done: impl FnMut(Completion) -> Result<()>,
+    ) -> Result<()> {
+        let total: u64 = requests.iter().map(|r| u64::from(r.samples)).sum();
+        let bar = progress(what, total);
+        let (mut tokens, start) = (0u64, std::time::Instant::now());
+        let mut failed = None;
+        let stops = Stops {
+            tokens: self.stop_tokens(),
+            strings: stop,
+            tokenizer: &self.tokenizer,
+        };
+        engine.generate(
+            &self.device,
+            &self.model,
+            requests,
+            settings,
+            stops,
+            &mut |event| {
+                if interrupted() {
+                    return ControlFlow::Break(());
+                }
+                match event {
+                    Event::Token(..) => tokens += 1,
+                    Event::Done(completion) => {
+                        bar.inc(1);
+                        let rate = tokens as f64 / start.elapsed().as_secs_f64();
+                        bar.set_message(format!("{rate:.0} tokens/s"));
+                        if let Err(error) = on_done(completion) {
+                            failed = Some(error);
+                            return ControlFlow::Break(());
+                        }
+                    }
+                }
+                ControlFlow::Continue(())
+            },
+        )?;
+        bar.finish_and_clear();
+        match failed {
+            Some(error) => Err(error),
+            None => super::check_interrupt(),
+        }
+    }
+}
+
+/// A progress bar on stderr; invisible where that is no terminal.
+pub fn progress(what: &str, total: u64) -> ProgressBar {
+    let bar = ProgressBar::new(total);
+    if let Ok(style) = ProgressStyle::with_template(
+        "{prefix:>12} [{bar:30}] {pos}/{len}  {elapsed} (left {eta})  {msg}",
+    ) {
+        bar.set_style(style.progress_chars("=> "));
+    }
+    bar.set_prefix(what.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// A seed for one purpose of a run: equal parts give equal seeds, others unrelated ones.
+pub fn derive_seed(seed: u64, parts: &[&str]) -> u64 {
+    let mut hash = Sha256::new();
+    hash.update(seed.to_le_bytes());
+    for part in parts {
+        hash.update((part.len() as u64).to_le_bytes());
+        hash.update(part.as_bytes());
+    }
+    let digest = hash.finalize();
+    digest[..8].iter().fold(0, |n, &b| n << 8 | u64::from(b))
+}

@@ -1,0 +1,136 @@
+//! From what a box did to a verdict.
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::data::{Data, Tuples};
+use super::stdout::same_output;
+use super::supervise::{Running, Stop};
+use super::{Limits, Verdict};
+
+/// The frame that a box sends: a value or what it raised.
+#[derive(Deserialize)]
+struct Answer {
+    #[serde(default, deserialize_with = "present")]
+    v: Option<Value>,
+    #[serde(default)]
+    e: Option<(String, String)>,
+}
+
+/// `null` is an answer, too.
+fn present<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(from).map(Some)
+}
+
+/// How a run came out, before anything is compared.
+pub(super) enum Ran {
+    /// To its end.
+    Cleanly,
+    /// Not so.
+    Badly(Verdict),
+    /// Not so, and not through its own doing.
+    Trouble(String),
+}
+
+/// Judges everything but the answer.
+pub(super) fn ran(running: &Running, stop: Option<Stop>, limits: &Limits, oom_kills: u64) -> Ran {
+    let exit = running.exit.clone().unwrap_or_default();
+    if !running.started() {
+        let text = String::from_utf8_lossy(&running.stderr.bytes);
+        return Ran::Trouble(match text.trim() {
+            "" => "the box ended before the program could start".into(),
+            text => text.into(),
+        });
+    }
+    let failed =
+        oom_kills > 0 && !(libc::WIFEXITED(exit.status) && libc::WEXITSTATUS(exit.status) == 0);
+    if failed && stop != Some(Stop::Answered) {
+        return Ran::Badly(Verdict::Memory);
+    }
+    match stop {
+        Some(Stop::Answered) if running.cpu_s() > limits.cpu_s => Ran::Badly(Verdict::Timeout),
+        Some(Stop::Answered) => Ran::Cleanly,
+        Some(Stop::Timeout) => Ran::Badly(Verdict::Timeout),
+        Some(Stop::Memory) => Ran::Badly(Verdict::Memory),
+        Some(Stop::OutputLimit) => Ran::Badly(Verdict::OutputLimit),
+        Some(Stop::Starved) => Ran::Trouble("the host is too loaded to run the program".into()),
+        None if running.stdout.overflowed || running.result.overflowed => {
+            Ran::Badly(Verdict::OutputLimit)
+        }
+        None if running.cpu_s() > limits.cpu_s => Ran::Badly(Verdict::Timeout),
+        None if libc::WIFSIGNALED(exit.status) => match libc::WTERMSIG(exit.status) {
+            libc::SIGSYS => Ran::Badly(Verdict::Denied),
+            libc::SIGXCPU => Ran::Badly(Verdict::Timeout),
+            // Inside, nobody can send it to the first process: it is its namespace's init.
+            libc::SIGKILL => Ran::Trouble("the box was killed from outside".into()),
+            _ => Ran::Badly(Verdict::RuntimeError),
+        },
+        None if libc::WEXITSTATUS(exit.status) != 0 => Ran::Badly(match answer(running) {
+            Some(Answer {
+                e: Some((kind, _)), ..
+            }) => raised(&kind),
+            _ => Verdict::RuntimeError,
+        }),
+        None => Ran::Cleanly,
+    }
+}
+
+fn answer(running: &Running) -> Option<Answer> {
+    serde_json::from_slice(running.answer()?).ok()
+}
+
+/// The verdict on an exception. The program names it, so this only ever chooses among failures.
+fn raised(kind: &str) -> Verdict {
+    match kind {
+        "MemoryError" => Verdict::Memory,
+        "PermissionError" => Verdict::Denied,
+        "NotPlainData" => Verdict::WrongAnswer,
+        _ => Verdict::RuntimeError,
+    }
+}
+
+/// What a script printed.
+pub(super) fn printed(running: &Running, expected: &str) -> Verdict {
+    match std::str::from_utf8(&running.stdout.bytes) {
+        Ok(printed) if same_output(printed, expected) => Verdict::Passed,
+        _ => Verdict::WrongAnswer,
+    }
+}
+
+/// What a function returned.
+pub(super) fn returned(running: &Running, expected: &Data, tuples: Tuples) -> Verdict {
+    match answer(running) {
+        Some(Answer {
+            v: Some(value),
+            e: None,
+        }) => match Data::from_answer(&value) {
+            Some(value) if value.equals(expected, tuples) => Verdict::Passed,
+            _ => Verdict::WrongAnswer,
+        },
+        Some(Answer {
+            e: Some((kind, _)), ..
+        }) => raised(&kind),
+        // It ended without an answer, or the answer is not even one.
+        _ => Verdict::RuntimeError,
+    }
+}
+
+/// What the trusted half of an assertion test says. `Err` is the test's own fault.
+pub(super) fn asserted(tests: &Running) -> Result<Verdict, String> {
+    match answer(tests) {
+        Some(Answer {
+            v: Some(Value::Bool(true)),
+            e: None,
+        }) => Ok(Verdict::Passed),
+        Some(Answer {
+            e: Some((kind, message)),
+            ..
+        }) => match kind.as_str() {
+            "Unsupported" => Err(format!("the test cannot be run: {message}")),
+            "AssertionError" => Ok(Verdict::WrongAnswer),
+            "CandidateError" => Ok(raised(message.split(':').next().unwrap_or_default())),
+            _ => Ok(Verdict::RuntimeError),
+        },
+        _ => Ok(Verdict::RuntimeError),
+    }
+}

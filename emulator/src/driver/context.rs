@@ -1,0 +1,266 @@
+//! Contexts.
+
+use super::{CURRENT, CUresult, E, Handle, State, enter, lock, put, with};
+use std::ffi::{c_int, c_uint};
+
+impl State {
+    fn destroy(&mut self, context: Handle) -> Result<(), E> {
+        let at = self
+            .contexts
+            .iter()
+            .position(|c| *c == context)
+            .ok_or(E::InvalidContext)?;
+        self.contexts.remove(at);
+        if !self.contexts.is_empty() {
+            return Ok(());
+        }
+        // The last one takes modules, streams and events with it; memory that is left has leaked.
+        for module in std::mem::take(&mut self.modules).into_values() {
+            self.device.unload(&module);
+        }
+        self.functions.clear();
+        self.events.clear();
+        self.streams
+            .retain(|s, _| super::DEFAULT_STREAMS.contains(s));
+        let live: Vec<_> = self.device.memory().live().collect();
+        for (address, bytes) in live {
+            if self.device.config.checks.leaks {
+                eprintln!("cuda-emulator: leak: {bytes} bytes at {address:#x} were never freed");
+                self.leaks.push((address, bytes));
+            }
+            self.device.free(address);
+        }
+        // A kernel's error dies with its context.
+        self.failed = None;
+        Ok(())
+    }
+}
+
+/// # Safety
+/// As in CUDA: `context` is valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut Handle, device: c_int) -> CUresult {
+    with(|s| {
+        if device != 0 {
+            return Err(E::InvalidDevice);
+        }
+        let handle = match s.primary {
+            Some(handle) => handle,
+            None => {
+                let handle = s.handle();
+                s.contexts.push(handle);
+                s.primary = Some(handle);
+                handle
+            }
+        };
+        s.primary_uses += 1;
+        // SAFETY: the caller's.
+        unsafe { put(context, handle) }
+    })
+}
+
+/// Gives up one use of the primary context; the last destroys it.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxRelease_v2(device: c_int) -> CUresult {
+    enter(|| {
+        let mut s = lock();
+        if device != 0 {
+            return Err(E::InvalidDevice);
+        }
+        let handle = s.primary.ok_or(E::InvalidContext)?;
+        s.primary_uses -= 1;
+        if s.primary_uses == 0 {
+            s.primary = None;
+            return s.destroy(handle);
+        }
+        Ok(())
+    })
+}
+
+/// Destroys the primary context.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxReset_v2(device: c_int) -> CUresult {
+    enter(|| {
+        let mut s = lock();
+        if device != 0 {
+            return Err(E::InvalidDevice);
+        }
+        s.primary_uses = 0;
+        match s.primary.take() {
+            Some(handle) => s.destroy(handle),
+            None => Ok(()),
+        }
+    })
+}
+
+/// Flags change nothing here.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuDevicePrimaryCtxSetFlags_v2(_device: c_int, _flags: c_uint) -> CUresult {
+    0
+}
+
+/// # Safety
+/// As in CUDA: both are valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDevicePrimaryCtxGetState(
+    _device: c_int,
+    flags: *mut c_uint,
+    active: *mut c_int,
+) -> CUresult {
+    enter(|| {
+        let on = lock().primary.is_some() as c_int;
+        // SAFETY: the caller's.
+        unsafe {
+            put(flags, 0)?;
+            put(active, on)
+        }
+    })
+}
+
+/// # Safety
+/// As in CUDA: `context` is valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxCreate_v2(
+    context: *mut Handle,
+    _flags: c_uint,
+    device: c_int,
+) -> CUresult {
+    with(|s| {
+        if device != 0 {
+            return Err(E::InvalidDevice);
+        }
+        let handle = s.handle();
+        s.contexts.push(handle);
+        CURRENT.with_borrow_mut(|c| c.push(handle));
+        // SAFETY: the caller's.
+        unsafe { put(context, handle) }
+    })
+}
+
+/// Destroys a context.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxDestroy_v2(context: Handle) -> CUresult {
+    enter(|| {
+        CURRENT.with_borrow_mut(|c| {
+            if c.last() == Some(&context) {
+                c.pop();
+            }
+        });
+        lock().destroy(context)
+    })
+}
+
+/// Makes a context current, on top of the present one.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxPushCurrent_v2(context: Handle) -> CUresult {
+    enter(|| {
+        if !lock().contexts.contains(&context) {
+            return Err(E::InvalidContext);
+        }
+        CURRENT.with_borrow_mut(|c| c.push(context));
+        Ok(())
+    })
+}
+
+/// # Safety
+/// As in CUDA: `context` is null or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut Handle) -> CUresult {
+    enter(|| {
+        let top = CURRENT.with_borrow_mut(Vec::pop).ok_or(E::InvalidContext)?;
+        if context.is_null() {
+            return Ok(());
+        }
+        // SAFETY: the caller's.
+        unsafe { put(context, top) }
+    })
+}
+
+/// Replaces the current context; 0 for none.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetCurrent(context: Handle) -> CUresult {
+    enter(|| {
+        if context != 0 && !lock().contexts.contains(&context) {
+            return Err(E::InvalidContext);
+        }
+        CURRENT.with_borrow_mut(|c| {
+            c.pop();
+            if context != 0 {
+                c.push(context);
+            }
+        });
+        Ok(())
+    })
+}
+
+/// # Safety
+/// As in CUDA: `context` is valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut Handle) -> CUresult {
+    let top = CURRENT.with_borrow(|c| c.last().copied().unwrap_or(0));
+    // SAFETY: the caller's.
+    enter(|| unsafe { put(context, top) })
+}
+
+/// # Safety
+/// As in CUDA: `device` is valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetDevice(device: *mut c_int) -> CUresult {
+    // SAFETY: the caller's.
+    enter(|| unsafe { put(device, 0) })
+}
+
+/// # Safety
+/// As in CUDA: `version` is valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetApiVersion(_context: Handle, version: *mut c_uint) -> CUresult {
+    // SAFETY: the caller's.
+    enter(|| unsafe { put(version, 12000) })
+}
+
+/// # Safety
+/// As in CUDA: `flags` is valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetFlags(flags: *mut c_uint) -> CUresult {
+    // SAFETY: the caller's.
+    enter(|| unsafe { put(flags, 0) })
+}
+
+/// Waits for all work: gives the error that a kernel left.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSynchronize() -> CUresult {
+    with(|_| Ok(()))
+}
+
+/// # Safety
+/// As in CUDA: both are null or valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
+    least: *mut c_int,
+    greatest: *mut c_int,
+) -> CUresult {
+    enter(|| {
+        // SAFETY: the caller's.
+        unsafe {
+            if !least.is_null() {
+                put(least, 0)?;
+            }
+            if !greatest.is_null() {
+                put(greatest, -5)?;
+            }
+        }
+        Ok(())
+    })
+}
+
+/// Cache preferences change nothing here.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetCacheConfig(_config: c_uint) -> CUresult {
+    0
+}
+
+/// Stack and heap limits change nothing here.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetLimit(_limit: c_uint, _value: usize) -> CUresult {
+    0
+}

@@ -1,0 +1,201 @@
+//! Matrix multiply-adds of a warp.
+//!
+//! With g = lane / 4, t = lane % 4 and e elements in a register: register i of A holds row
+//! g + 8 (i mod 2), columns e t + 4 e (i div 2) ..; register i of B holds column g, rows
+//! e t + 4 e i ..; register i of a 32-bit C or D holds row g + 8 (i div 2), column 2 t + i mod 2;
+//! of a packed f16 one, row g + 8 i, columns 2 t and 2 t + 1.
+
+use super::code::{Element, MmaOp};
+use super::lanes::WARP;
+use super::num;
+use super::warp::Warp;
+use crate::config::MmaRounding;
+
+const M: usize = 16;
+const N: usize = 8;
+const K: usize = 32;
+
+fn width(e: Element) -> usize {
+    match e {
+        Element::F16 | Element::Bf16 => 16,
+        Element::Tf32 => 32,
+        _ => 8,
+    }
+}
+
+fn decode(e: Element, bits: u32) -> f64 {
+    match e {
+        Element::F16 => num::f16_to_f32(bits as u16) as f64,
+        Element::Bf16 => num::bf16_to_f32(bits as u16) as f64,
+        // The low 13 bits are not read.
+        Element::Tf32 => f32::from_bits(bits & !0x1fff) as f64,
+        Element::E4m3 => num::E4M3.decode(bits & 0xff),
+        Element::E5m2 => num::E5M2.decode(bits & 0xff),
+        Element::S8 => bits as u8 as i8 as f64,
+        Element::U8 => bits as u8 as f64,
+    }
+}
+
+/// D = A B + C.
+pub(super) fn multiply(warp: &mut Warp, op: &MmaOp, base: usize, rounding: MmaRounding) {
+    let k = op.k as usize;
+    let bits = width(op.a_type);
+    let per = 32 / bits;
+    let mut a = [[0f64; K]; M];
+    // Row-major in k so that the inner loop runs over the columns of D.
+    let mut b = [[0f64; N]; K];
+    let (mut a_poison, mut b_poison) = (0u32, 0u32);
+    for (i, slot) in op.a.iter().enumerate() {
+        let at = base + *slot as usize;
+        let poison = warp.poison[at];
+        for lane in 0..WARP {
+            let (g, t) = (lane / 4, lane % 4);
+            let row = g + 8 * (i % 2);
+            a_poison |= (poison >> lane & 1) << row;
+            for j in 0..per {
+                let column = per * t + j + 4 * per * (i / 2);
+                a[row][column] = decode(op.a_type, warp.regs[at].0[lane] >> (bits * j));
+            }
+        }
+    }
+    for (i, slot) in op.b.iter().enumerate() {
+        let at = base + *slot as usize;
+        let poison = warp.poison[at];
+        for lane in 0..WARP {
+            let (g, t) = (lane / 4, lane % 4);
+            b_poison |= (poison >> lane & 1) << g;
+            for j in 0..per {
+                let row = per * t + j + 4 * per * i;
+                b[row][g] = decode(op.b_type, warp.regs[at].0[lane] >> (bits * j));
+            }
+        }
+    }
+    let integer = matches!(op.a_type, Element::S8 | Element::U8);
+    let mut c = [[0f64; N]; M];
+    let mut c_poison = [0u32; M];
+    each(op.c_half, |i, lane, half, row, column| {
+        let at = base + op.c[i] as usize;
+        let v = warp.regs[at].0[lane];
+        c[row][column] = if op.c_half {
+            num::f16_to_f32((v >> (16 * half)) as u16) as f64
+        } else if integer {
+            v as i32 as f64
+        } else {
+            f32::from_bits(v) as f64
+        };
+        c_poison[row] |= (warp.poison[at] >> lane & 1) << column;
+    });
+    let mut d = c;
+    if integer {
+        // At most 32 products below 2^16 and one i32: exact in f64.
+        accumulate(&mut d, &a, &b, 0, k);
+    } else {
+        match rounding {
+            MmaRounding::Exact => accumulate(&mut d, &a, &b, 0, k),
+            MmaRounding::Ampere => {
+                let step = (256 / bits / 2).min(k).min(if bits == 32 { 4 } else { 8 });
+                for from in (0..k).step_by(step) {
+                    truncated(&mut d, &a, &b, from, from + step, 24);
+                }
+            }
+            MmaRounding::Hopper => truncated(&mut d, &a, &b, 0, k, 25),
+        }
+    }
+    for slot in &op.d {
+        warp.poison[base + *slot as usize] = 0;
+    }
+    each(op.d_half, |i, lane, half, row, column| {
+        let at = base + op.d[i] as usize;
+        let x = d[row][column];
+        let word = &mut warp.regs[at].0[lane];
+        if op.d_half {
+            let v = num::F16.encode(x, num::Round::Nearest, false);
+            *word = *word & !(0xffff << (16 * half)) | v << (16 * half);
+        } else if integer {
+            *word = if op.saturate {
+                x as i32 as u32
+            } else {
+                x as i64 as u32
+            };
+        } else {
+            let v = x as f32;
+            *word = if v.is_nan() { 0x7fff_ffff } else { v.to_bits() };
+        }
+        let bad = a_poison >> row | b_poison >> column | c_poison[row] >> column;
+        warp.poison[at] |= (bad & 1) << lane;
+    });
+}
+
+/// Visits every element of C or D: register, lane, half, row, column.
+fn each(half: bool, mut f: impl FnMut(usize, usize, usize, usize, usize)) {
+    for lane in 0..WARP {
+        let (g, t) = (lane / 4, lane % 4);
+        for i in 0..4 {
+            let (row, column) = (g + 8 * (i / 2), 2 * t + i % 2);
+            if half {
+                f(i / 2, lane, i % 2, row, column);
+            } else {
+                f(i, lane, 0, row, column);
+            }
+        }
+    }
+}
+
+fn accumulate(d: &mut [[f64; N]; M], a: &[[f64; K]; M], b: &[[f64; N]; K], from: usize, to: usize) {
+    for (row, sums) in d.iter_mut().enumerate() {
+        let mut s = *sums;
+        for k in from..to {
+            let x = a[row][k];
+            for (s, y) in s.iter_mut().zip(&b[k]) {
+                *s += x * y;
+            }
+        }
+        *sums = s;
+    }
+}
+
+/// Sums as tensor cores are understood to: exact products and the addend are aligned to the
+/// largest exponent, cut to `fraction` bits, added exactly, and cut to f32.
+fn truncated(
+    d: &mut [[f64; N]; M],
+    a: &[[f64; K]; M],
+    b: &[[f64; N]; K],
+    from: usize,
+    to: usize,
+    fraction: i32,
+) {
+    for (row, sums) in d.iter_mut().enumerate() {
+        for (column, sum) in sums.iter_mut().enumerate() {
+            let mut terms = [0f64; K + 1];
+            let mut n = 0;
+            for k in from..to {
+                terms[n] = a[row][k] * b[k][column];
+                n += 1;
+            }
+            terms[n] = *sum;
+            let terms = &terms[..=n];
+            let plain: f64 = terms.iter().sum();
+            if !plain.is_finite() {
+                *sum = plain;
+                continue;
+            }
+            let largest = terms
+                .iter()
+                .filter(|x| **x != 0.0)
+                .map(|x| exponent(*x))
+                .max();
+            let Some(largest) = largest else {
+                *sum = 0.0;
+                continue;
+            };
+            // Powers far out of f64's range cannot come up: operands are f32 at most.
+            let unit = num::power_of_two((largest - fraction).max(-1022));
+            let total: i64 = terms.iter().map(|x| (x / unit) as i64).sum();
+            *sum = num::f32_from_f64(total as f64 * unit, num::Round::Zero) as f64;
+        }
+    }
+}
+
+fn exponent(x: f64) -> i32 {
+    (x.to_bits() >> 52 & 0x7ff) as i32 - 1023
+}

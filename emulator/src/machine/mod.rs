@@ -1,0 +1,15 @@
+//! The machine: decoded code, memory, warps, blocks, checks.
+
+mod access;
+pub mod block;
+pub mod code;
+pub mod decode;
+mod exchange;
+mod execute;
+pub mod lanes;
+pub mod launch;
+pub mod memory;
+mod mma;
+pub mod num;
+pub mod race;
+pub mod warp;

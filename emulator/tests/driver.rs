@@ -1,0 +1,198 @@
+//! An unmodified cudarc on the emulated driver.
+
+mod common;
+
+use common::BASIC;
+use cuda_emulator::{Checks, Config, Kind, install};
+use cudarc::driver::sys::CUresult;
+use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg};
+use cudarc::nvrtc::Ptx;
+use std::sync::{Mutex, MutexGuard};
+
+/// The driver is one for the process: its tests take turns.
+fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let guard = TURN.lock().unwrap_or_else(|p| p.into_inner());
+    let emulator = install().unwrap();
+    emulator.recover().unwrap();
+    emulator.configure(&Config::default()).unwrap();
+    emulator.reports().unwrap();
+    guard
+}
+
+#[test]
+fn cudarc_copies_launches_and_reads_back() {
+    let _turn = turn();
+    let context = CudaContext::new(0).unwrap();
+    assert_eq!(context.compute_capability().unwrap(), (8, 0));
+    assert_eq!(context.name().unwrap(), "cuda-emulator sm_80");
+    let stream = context.default_stream();
+    let module = context.load_module(Ptx::from_src(BASIC)).unwrap();
+    let saxpy = module.load_function("saxpy").unwrap();
+    let n = 1000;
+    let x = stream.clone_htod(&vec![2f32; n]).unwrap();
+    let mut y = stream
+        .clone_htod(&(0..n).map(|i| i as f32).collect::<Vec<_>>())
+        .unwrap();
+    let (count, a) = (n as i32, 3f32);
+    let mut launch = stream.launch_builder(&saxpy);
+    launch.arg(&count).arg(&a).arg(&x).arg(&mut y);
+    // SAFETY: the kernel takes (int, float, const float*, float*) and guards its index.
+    unsafe { launch.launch(LaunchConfig::for_num_elems(n as u32)) }.unwrap();
+    let got = stream.clone_dtoh(&y).unwrap();
+    assert!(got.iter().enumerate().all(|(i, v)| *v == 6.0 + i as f32));
+    let reports = install().unwrap().reports().unwrap();
+    assert_eq!(reports.len(), 1);
+    assert_eq!(reports[0].counters.global_load_bytes, 8 * n as u64);
+}
+
+#[test]
+fn a_kernel_error_surfaces_later_and_stays() {
+    let _turn = turn();
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.default_stream();
+    let module = context.load_module(Ptx::from_src(BASIC)).unwrap();
+    let saxpy = module.load_function("saxpy").unwrap();
+    let x = stream.alloc_zeros::<f32>(100).unwrap();
+    let mut y = stream.alloc_zeros::<f32>(100).unwrap();
+    let (count, a) = (101i32, 3f32);
+    let mut launch = stream.launch_builder(&saxpy);
+    launch.arg(&count).arg(&a).arg(&x).arg(&mut y);
+    // SAFETY: out of bounds on purpose; the emulator catches it.
+    unsafe { launch.launch(LaunchConfig::for_num_elems(101)) }.unwrap();
+    let error = stream.synchronize().unwrap_err();
+    assert_eq!(error.0, CUresult::CUDA_ERROR_ILLEGAL_ADDRESS);
+    assert!(stream.clone_dtoh(&x).is_err());
+    let reports = install().unwrap().reports().unwrap();
+    let finding = &reports[0].findings[0];
+    assert_eq!(
+        (finding.kind, finding.thread),
+        (Kind::OutOfBounds, [100, 0, 0])
+    );
+    assert_eq!(finding.source, Some(("basic.cu".to_string(), 6)));
+    install().unwrap().recover().unwrap();
+    stream.synchronize().unwrap();
+}
+
+#[test]
+fn events_streams_and_memory() {
+    let _turn = turn();
+    let context = CudaContext::new(0).unwrap();
+    let (a, b) = (context.new_stream().unwrap(), context.new_stream().unwrap());
+    let start = a
+        .record_event(Some(cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT))
+        .unwrap();
+    let mut x = a.alloc_zeros::<u16>(4096).unwrap();
+    let end = a
+        .record_event(Some(cudarc::driver::sys::CUevent_flags::CU_EVENT_DEFAULT))
+        .unwrap();
+    assert!(start.elapsed_ms(&end).unwrap() >= 0.0);
+    b.wait(&end).unwrap();
+    b.memcpy_htod(&[7u16; 10], &mut x.slice_mut(5..15)).unwrap();
+    let y = b.clone_dtod(&x).unwrap();
+    let back = b.clone_dtoh(&y).unwrap();
+    assert_eq!(back.iter().map(|v| *v as u32).sum::<u32>(), 70);
+    let (free, total) = context.mem_get_info().unwrap();
+    assert!(free < total);
+    context.synchronize().unwrap();
+}
+
+#[test]
+fn a_captured_graph_replays() {
+    let _turn = turn();
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let module = context.load_module(Ptx::from_src(BASIC)).unwrap();
+    let saxpy = module.load_function("saxpy").unwrap();
+    let x = stream.clone_htod(&[1f32; 64]).unwrap();
+    let mut y = stream.alloc_zeros::<f32>(64).unwrap();
+    let (count, a) = (64i32, 1f32);
+    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+    stream
+        .begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)
+        .unwrap();
+    let mut launch = stream.launch_builder(&saxpy);
+    launch.arg(&count).arg(&a).arg(&x).arg(&mut y);
+    // SAFETY: as in the first test.
+    unsafe { launch.launch(LaunchConfig::for_num_elems(64)) }.unwrap();
+    let flags = CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+    let graph = stream.end_capture(flags).unwrap().unwrap();
+    assert_eq!(stream.clone_dtoh(&y).unwrap(), [0f32; 64]);
+    for _ in 0..3 {
+        graph.launch().unwrap();
+    }
+    assert_eq!(stream.clone_dtoh(&y).unwrap(), [3f32; 64]);
+}
+
+#[test]
+fn modules_that_cannot_run_are_refused() {
+    let _turn = turn();
+    let context = CudaContext::new(0).unwrap();
+    let error = context
+        .load_module(Ptx::from_src("\x7fELF...."))
+        .err()
+        .unwrap();
+    assert_eq!(error.0, CUresult::CUDA_ERROR_NO_BINARY_FOR_GPU);
+    let wrong = BASIC.replace("fma.rn.f32", "fma.rq.f32");
+    let error = context.load_module(Ptx::from_src(wrong)).err().unwrap();
+    assert_eq!(error.0, CUresult::CUDA_ERROR_INVALID_PTX);
+    let module = context.load_module(Ptx::from_src(BASIC)).unwrap();
+    assert_eq!(
+        module.load_function("nothing").err().unwrap().0,
+        CUresult::CUDA_ERROR_NOT_FOUND
+    );
+    let n = 40 << 10;
+    let softmax = module.load_function("softmax").unwrap();
+    let stream = context.default_stream();
+    let x = stream.alloc_zeros::<f32>(n).unwrap();
+    let mut y = stream.alloc_zeros::<f32>(n).unwrap();
+    let config = LaunchConfig {
+        grid_dim: (1, 1, 1),
+        block_dim: (32, 1, 1),
+        shared_mem_bytes: 100 << 10,
+    };
+    let count = (n / 2) as i32;
+    let mut launch = stream.launch_builder(&softmax);
+    launch.arg(&count).arg(&x).arg(&mut y);
+    // SAFETY: refused before anything runs: the attribute is not set.
+    assert!(unsafe { launch.launch(config) }.is_err());
+    use cudarc::driver::sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    softmax
+        .set_attribute(CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, 100 << 10)
+        .unwrap();
+    // SAFETY: (int, const float*, float*), row in shared memory.
+    unsafe { launch.launch(config) }.unwrap();
+    stream.synchronize().unwrap();
+}
+
+#[test]
+fn leaked_memory_is_listed_when_the_context_goes() {
+    let _turn = turn();
+    let emulator = install().unwrap();
+    emulator.leaks().unwrap();
+    {
+        let context = CudaContext::new(0).unwrap();
+        let stream = context.default_stream();
+        std::mem::forget(stream.alloc_zeros::<u8>(12345));
+        // The forgotten slice also holds the stream and so the context: destroy it by hand.
+        unsafe { cudarc::driver::sys::cuDevicePrimaryCtxReset_v2(0) };
+    }
+    assert_eq!(
+        emulator
+            .leaks()
+            .unwrap()
+            .iter()
+            .map(|l| l.1)
+            .collect::<Vec<_>>(),
+        [12345]
+    );
+    let quiet = Config {
+        checks: Checks {
+            leaks: false,
+            ..Checks::ALL
+        },
+        ..Config::default()
+    };
+    emulator.configure(&quiet).unwrap();
+    assert_eq!(emulator.config().unwrap(), quiet);
+}

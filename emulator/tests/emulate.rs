@@ -1,0 +1,92 @@
+//! The `emulate` program from outside.
+
+use std::path::PathBuf;
+use std::process::{Command, Output};
+
+fn npy(values: &[f32]) -> Vec<u8> {
+    let mut header = format!(
+        "{{'descr': '<f4', 'fortran_order': False, 'shape': ({},), }}",
+        values.len()
+    );
+    while (10 + header.len() + 1) % 64 != 0 {
+        header.push(' ');
+    }
+    header.push('\n');
+    let mut out = b"\x93NUMPY\x01\x00".to_vec();
+    out.extend((header.len() as u16).to_le_bytes());
+    out.extend(header.as_bytes());
+    out.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+    out
+}
+
+fn emulate(name: &str, n: i32, more: &[&str]) -> (Output, PathBuf) {
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("x.npy"), npy(&[1.0, 2.0, 3.0])).unwrap();
+    std::fs::write(dir.join("y.npy"), npy(&[10.0, 20.0, 30.0])).unwrap();
+    let args =
+        format!(r#"[{{"i32": {n}}}, {{"f32": 2}}, {{"buffer": "x.npy"}}, {{"buffer": "y.npy"}}]"#);
+    std::fs::write(dir.join("args.json"), args).unwrap();
+    let ptx = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernels/basic.ptx");
+    let output = Command::new(env!("CARGO_BIN_EXE_emulate"))
+        .args([
+            ptx, "--entry", "saxpy", "--grid", "1", "--block", "32", "--args",
+        ])
+        .arg(dir.join("args.json"))
+        .arg("--out")
+        .arg(dir.join("out"))
+        .args(more)
+        .output()
+        .unwrap();
+    (output, dir)
+}
+
+#[test]
+fn buffers_go_in_and_come_back() {
+    let (output, dir) = emulate("good", 3, &[]);
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(
+        std::fs::read(dir.join("out/3.npy")).unwrap(),
+        npy(&[12.0, 24.0, 36.0])
+    );
+    assert_eq!(
+        std::fs::read(dir.join("out/2.npy")).unwrap(),
+        npy(&[1.0, 2.0, 3.0])
+    );
+    let table = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        table.contains("global_load_bytes") && table.contains(" 24\n"),
+        "{table}"
+    );
+}
+
+#[test]
+fn what_is_found_gives_status_one_and_json() {
+    let (output, _) = emulate(
+        "bad",
+        4,
+        &["--json", "--schedule", "random:3", "--mma", "ampere"],
+    );
+    assert_eq!(output.status.code(), Some(1));
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["findings"][0]["kind"], "out_of_bounds");
+    assert_eq!(json["findings"][0]["thread"][0], 3);
+    let (output, _) = emulate("csv", 3, &["--csv", "--checks", "none"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let lines: Vec<_> = text.lines().map(|l| l.split(',').count()).collect();
+    assert!(lines.len() == 2 && lines[0] == lines[1], "{text}");
+}
+
+#[test]
+fn mistakes_are_named_in_one_line() {
+    for (more, part) in [
+        (vec!["--shared", "999999"], "shared memory"),
+        (vec!["--schedule", "sideways"], "sideways"),
+        (vec!["--checks", "spelling"], "spelling"),
+    ] {
+        let (output, _) = emulate("mistake", 3, &more);
+        assert_eq!(output.status.code(), Some(2));
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains(part), "{text}");
+    }
+}
