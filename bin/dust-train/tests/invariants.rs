@@ -63,8 +63,10 @@ fn bits(values: &[f32]) -> Vec<u32> {
 fn contents(done: &[Completion]) -> Vec<(Finish, Vec<u32>)> {
     done.iter()
         .map(|c| {
-            let numbers = [&c.tokens, &bits(&c.logprobs), &bits(&c.kept)].map(Vec::as_slice);
-            let numbers = [&[c.request as u32, c.sample], numbers.concat().as_slice()].concat();
+            let mut numbers = vec![c.request as u32, c.sample];
+            numbers.extend(&c.tokens);
+            numbers.extend(bits(&c.logprobs));
+            numbers.extend(bits(&c.kept));
             (c.finish, numbers)
         })
         .collect()
