@@ -59,14 +59,17 @@ fn bits(values: &[f32]) -> Vec<u32> {
     values.iter().map(|x| x.to_bits()).collect()
 }
 
-/// Everything about an answer but the number of its request.
-fn content(c: &Completion) -> (u32, &[u32], Vec<u32>, Vec<u32>, Finish) {
-    let (logprobs, kept) = (bits(&c.logprobs), bits(&c.kept));
-    (c.sample, &c.tokens, logprobs, kept, c.finish)
-}
-
-fn contents(done: &[Completion]) -> Vec<(usize, (u32, &[u32], Vec<u32>, Vec<u32>, Finish))> {
-    done.iter().map(|c| (c.request, content(c))).collect()
+/// Everything about each answer, numbers by their bits.
+fn contents(done: &[Completion]) -> Vec<(Finish, Vec<u32>)> {
+    done.iter()
+        .map(|c| {
+            let mut numbers = vec![c.request as u32, c.sample];
+            numbers.extend(&c.tokens);
+            numbers.extend(bits(&c.logprobs));
+            numbers.extend(bits(&c.kept));
+            (c.finish, numbers)
+        })
+        .collect()
 }
 
 /// Log-probabilities of a batch's targets by the forward pass of training.

@@ -1,7 +1,7 @@
 //! The forward pass: one function for training and for rollout, so that both give the same bits.
 
 use super::workspace::{LayerActivations, Workspace};
-use super::{Batch, Model};
+use super::{Activation, Batch, Model};
 use anyhow::{Result, ensure};
 use dust_kernels::{
     Backend,
@@ -10,6 +10,9 @@ use dust_kernels::{
     logprob::HeadShape,
     norm::NormShape,
 };
+
+/// The keys and the values of one layer in the cache.
+pub type LayerCache<B> = (Activation<B>, Activation<B>);
 
 /// The paged sequences of a rollout step, and the cache they lie in.
 pub struct PagedBatch<'a, B: Backend> {
@@ -20,7 +23,7 @@ pub struct PagedBatch<'a, B: Backend> {
     /// Cache slot of each row.
     pub slots: &'a B::Buf<u32>,
     /// Keys and values of every layer.
-    pub cache: &'a mut [(B::Buf<B::Elem>, B::Buf<B::Elem>)],
+    pub cache: &'a mut [LayerCache<B>],
 }
 
 /// What the rows of a pass attend to.

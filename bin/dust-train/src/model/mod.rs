@@ -7,17 +7,20 @@ mod params;
 mod workspace;
 
 pub use batch::{Batch, Target};
-pub use forward::{Attend, PagedBatch};
+pub use forward::{Attend, LayerCache, PagedBatch};
 pub use params::{LayerParams, Params, Spec};
 pub use workspace::{LogprobBuffers, Purpose, Workspace};
 
 use crate::checkpoint::{self, Checkpoint, Dtype, ModelConfig};
 use anyhow::{Result, ensure};
-use dust_kernels::{Backend, Buffer, Weight, attention::Heads};
+use dust_kernels::{Backend, Buffer, Device, Weight, attention::Heads};
 use half::bf16;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
+
+/// A buffer in the device's format of activations.
+pub type Activation<B> = <B as Device>::Buf<<B as Device>::Elem>;
 
 /// How matrices are stored. Norms and biases are always f32, and so is all arithmetic.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]

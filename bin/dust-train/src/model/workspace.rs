@@ -1,5 +1,6 @@
 //! Memory for one forward and backward pass, allocated once and used for every batch.
 
+use super::Activation;
 use crate::checkpoint::ModelConfig;
 use anyhow::Result;
 use dust_kernels::{Backend, Buffer, attention::Heads};
@@ -9,7 +10,7 @@ pub(super) struct LayerActivations<B: Backend> {
     pub attn_normed: B::Buf<B::Elem>,
     pub attn_rstd: B::Buf<f32>,
     /// Before the norm of query and key heads (Qwen3), and that norm's statistics.
-    pub qkv_raw: Option<(B::Buf<B::Elem>, B::Buf<f32>)>,
+    pub qkv_raw: Option<(Activation<B>, B::Buf<f32>)>,
     pub qkv: B::Buf<B::Elem>,
     pub attn: B::Buf<B::Elem>,
     pub lse: B::Buf<f32>,

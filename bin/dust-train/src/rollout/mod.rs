@@ -307,7 +307,8 @@ impl<B: Backend> Run<'_, B> {
             if prompt.cached < prompt.to_cache() {
                 break;
             }
-            if !self.start_sample()? && !(self.running.is_empty() && self.put_back_prompt()) {
+            let started = self.start_sample()?;
+            if !started && (!self.running.is_empty() || !self.put_back_prompt()) {
                 break;
             }
         }

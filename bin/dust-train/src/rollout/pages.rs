@@ -3,11 +3,11 @@
 use anyhow::Result;
 use dust_kernels::{Backend, attention::CHUNK};
 
-use crate::model::Model;
+use crate::model::{LayerCache, Model};
 
 /// The cache of all layers, and the free list of its pages.
 pub(super) struct Pages<B: Backend> {
-    pub cache: Vec<(B::Buf<B::Elem>, B::Buf<B::Elem>)>,
+    pub cache: Vec<LayerCache<B>>,
     free: Vec<u32>,
     holders: Vec<u32>,
 }

@@ -22,6 +22,7 @@ pub fn open(name: &str) -> Checkpoint {
 }
 
 /// A tokenizer: what the engine decodes with, where a test does not look at the text.
+#[allow(dead_code, reason = "a real model brings its own")]
 pub fn any_tokenizer() -> Tokenizer {
     open("tests/data/formats/tiny.gguf").tokenizer().unwrap()
 }
