@@ -175,6 +175,7 @@ fn leaked_memory_is_listed_when_the_context_goes() {
         let stream = context.default_stream();
         std::mem::forget(stream.alloc_zeros::<u8>(12345));
         // The forgotten slice also holds the stream and so the context: destroy it by hand.
+        // SAFETY: nothing of the context is used after this; handles are looked up, not followed.
         unsafe { cudarc::driver::sys::cuDevicePrimaryCtxReset_v2(0) };
     }
     assert_eq!(

@@ -31,7 +31,7 @@ struct Options {
     /// {"buffer": "x.npy"}, a path relative to this file.
     #[arg(long)]
     args: PathBuf,
-    /// Folder to which every buffer is written as <parameter index>.npy.
+    /// Folder to which every buffer is written as `<parameter index>.npy`.
     #[arg(long)]
     out: Option<PathBuf>,
     /// all, none, or a list of uninitialised, shared-races, global-races.

@@ -430,11 +430,11 @@ impl Warp {
                 for lane in lanes(mask) {
                     let (a, offset) =
                         self.find(ctx, instr, &mut last, lane, at[lane], total, "load")?;
-                    for e in 0..n {
+                    for (e, d_slot) in dst[..n].iter().enumerate() {
                         let o = offset + e * size as usize;
                         // SAFETY: `find` checked the range, `check_aligned` the alignment.
                         let v = unsafe { read(a.pointer().add(o), size) };
-                        let d = bases.regs + dst[e] as usize;
+                        let d = bases.regs + *d_slot as usize;
                         self.set(d, lane, *wide, extended(v, size, *extend));
                         if checks.uninitialised && !a.is_valid(o, size as usize) {
                             invalid[e] |= 1 << lane;
@@ -463,11 +463,11 @@ impl Warp {
                 };
                 for lane in lanes(mask) {
                     let base = self.shared_range(ctx, instr, lane, at[lane], total)?;
-                    for e in 0..n {
+                    for (e, d_slot) in dst[..n].iter().enumerate() {
                         let o = base + e * size as usize;
                         // SAFETY: in range and aligned; shared memory starts aligned to 16.
                         let v = unsafe { read(ctx.shared.pointer().add(o), size) };
-                        let d = bases.regs + dst[e] as usize;
+                        let d = bases.regs + *d_slot as usize;
                         self.set(d, lane, *wide, extended(v, size, *extend));
                         if checks.uninitialised && !ctx.shared.is_valid(o, size as usize) {
                             invalid[e] |= 1 << lane;
@@ -480,12 +480,12 @@ impl Warp {
                 ctx.counters.local_bytes += total * mask.count_ones() as u64;
                 for lane in lanes(mask) {
                     let base = self.local_range(ctx, instr, lane, at[lane], total)?;
-                    for e in 0..n {
+                    for (e, d_slot) in dst[..n].iter().enumerate() {
                         let o = base + e * size as usize;
                         let mut bytes = [0; 8];
                         bytes[..size as usize]
                             .copy_from_slice(&self.local[lane][o..o + size as usize]);
-                        let d = bases.regs + dst[e] as usize;
+                        let d = bases.regs + *d_slot as usize;
                         self.set(
                             d,
                             lane,
@@ -512,12 +512,12 @@ impl Warp {
                             message,
                         ));
                     }
-                    for e in 0..n {
+                    for (e, d_slot) in dst[..n].iter().enumerate() {
                         let o = base as usize + e * size as usize;
                         let mut bytes = [0; 8];
                         bytes[..size as usize]
                             .copy_from_slice(&ctx.launch.params[o..o + size as usize]);
-                        let d = bases.regs + dst[e] as usize;
+                        let d = bases.regs + *d_slot as usize;
                         self.set(
                             d,
                             lane,
@@ -528,8 +528,8 @@ impl Warp {
                 }
             }
         }
-        for e in 0..n {
-            self.set_poison(bases.regs + dst[e] as usize, mask, invalid[e]);
+        for (e, d_slot) in dst[..n].iter().enumerate() {
+            self.set_poison(bases.regs + *d_slot as usize, mask, invalid[e]);
         }
         Ok(())
     }
@@ -564,9 +564,9 @@ impl Warp {
                 for lane in lanes(mask) {
                     let (a, offset) =
                         self.find(ctx, instr, &mut last, lane, at[lane], total, "store")?;
-                    for e in 0..n {
+                    for (e, s_slot) in src[..n].iter().enumerate() {
                         let o = offset + e * size as usize;
-                        let v = self.get(bases.regs + src[e] as usize, lane, wide);
+                        let v = self.get(bases.regs + *s_slot as usize, lane, wide);
                         // SAFETY: `find` checked the range, `check_aligned` the alignment.
                         unsafe { write(a.pointer().add(o), size, v) };
                         if checks.uninitialised {
@@ -596,9 +596,9 @@ impl Warp {
                 };
                 for lane in lanes(mask) {
                     let base = self.shared_range(ctx, instr, lane, at[lane], total)?;
-                    for e in 0..n {
+                    for (e, s_slot) in src[..n].iter().enumerate() {
                         let o = base + e * size as usize;
-                        let s = bases.regs + src[e] as usize;
+                        let s = bases.regs + *s_slot as usize;
                         let v = self.get(s, lane, wide);
                         // SAFETY: in range and aligned, as for loads.
                         unsafe { write(ctx.shared.pointer().add(o), size, v) };
@@ -612,9 +612,9 @@ impl Warp {
                 ctx.counters.local_bytes += total * mask.count_ones() as u64;
                 for lane in lanes(mask) {
                     let base = self.local_range(ctx, instr, lane, at[lane], total)?;
-                    for e in 0..n {
+                    for (e, s_slot) in src[..n].iter().enumerate() {
                         let o = base + e * size as usize;
-                        let s = bases.regs + src[e] as usize;
+                        let s = bases.regs + *s_slot as usize;
                         let v = self.get(s, lane, wide);
                         self.local[lane][o..o + size as usize]
                             .copy_from_slice(&v.to_le_bytes()[..size as usize]);
@@ -792,9 +792,10 @@ impl Warp {
             if i < copy.bytes as usize {
                 let from = copy.from + i as u64;
                 match ctx.launch.memory.resolve(from, 1) {
-                    // SAFETY: `resolve` checked the range.
                     Ok((a, o)) => {
-                        (v, valid) = (unsafe { read(a.pointer().add(o), 1) }, a.is_valid(o, 1))
+                        // SAFETY: `resolve` checked the range.
+                        v = unsafe { read(a.pointer().add(o), 1) };
+                        valid = a.is_valid(o, 1);
                     }
                     Err(error) => {
                         return Err(self.bad_global(
@@ -851,7 +852,7 @@ impl Warp {
     }
 
     /// Copies of threads that exit need not be waited for; nobody may read them.
-    pub(super) fn abandon_copies(&mut self, _ctx: &mut Context, lanes: u32) {
+    pub(super) fn abandon_copies(&mut self, lanes: u32) {
         self.copies.retain(|copy| lanes >> copy.lane & 1 == 0);
     }
 }

@@ -181,10 +181,10 @@ impl<'l> Context<'l> {
         }
     }
 
-    fn found(&mut self, finding: Box<Finding>) {
+    fn found(&mut self, finding: Finding) {
         let same = |f: &Finding| f.kind == finding.kind && f.ptx_line == finding.ptx_line;
         if self.findings.len() < MAX_FINDINGS && !self.findings.iter().any(same) {
-            self.findings.push(*finding);
+            self.findings.push(finding);
         }
     }
 
@@ -222,7 +222,7 @@ impl<'l> Context<'l> {
             self.describe(c.pc)
         );
         let finding = self.fault(warp, instr, Kind::SharedRace, lane as u32, message);
-        self.found(finding);
+        self.found(*finding);
     }
 
     /// Records a plain access to device memory and reports what it races with.
@@ -263,7 +263,7 @@ impl<'l> Context<'l> {
             if wrote { "write" } else { "read" },
         );
         let finding = self.fault(warp, instr, Kind::GlobalRace, lane as u32, message);
-        self.found(finding);
+        self.found(*finding);
     }
 
     /// A fence: later atomics and volatile stores publish what this block knows.
@@ -299,7 +299,6 @@ impl<'l> Context<'l> {
         threads: u32,
         units: u32,
         expected: Option<u32>,
-        arrive_only: bool,
     ) -> Result<(), String> {
         let barrier = &mut self.barriers[id];
         let fresh = barrier.threads == 0;
@@ -320,7 +319,6 @@ impl<'l> Context<'l> {
                 barrier.expected.unwrap_or(0)
             ));
         }
-        let _ = arrive_only;
         if let Some(races) = &mut self.races {
             races.arrive(warp as usize, &mut barrier.clocks);
         }
@@ -568,7 +566,7 @@ impl<'l> Block<'l> {
             }
             parts.join(", ")
         };
-        for (w, g) in groups().filter(|(_, g)| g.wait == Wait::Exchange) {
+        if let Some((w, g)) = groups().find(|(_, g)| g.wait == Wait::Exchange) {
             let instr = &code[g.pc as usize];
             let message = format!(
                 "lanes {} of warp {} wait here for lanes that never come: {}",
@@ -580,7 +578,7 @@ impl<'l> Block<'l> {
                 .ctx
                 .fault(w, instr, Kind::AbsentLane, g.mask.trailing_zeros(), message);
         }
-        for (w, g) in groups().filter(|(_, g)| g.wait == Wait::Aligned) {
+        if let Some((w, g)) = groups().find(|(_, g)| g.wait == Wait::Aligned) {
             let instr = &code[g.pc as usize];
             let message = format!(
                 "divergent barrier: lanes {} of warp {} wait here without the rest: {}",

@@ -179,7 +179,7 @@ impl SharedRaces {
         if cell.write_stamp > self.floor {
             let same = cell.write_warp as usize == warp && cell.write_lane as u32 == lane;
             let ordered = same || self.ordered(cell.write_stamp, cell.write_warp as usize, warp);
-            if cell.in_flight || !ordered && !(strong && cell.strong) {
+            if cell.in_flight || !(ordered || strong && cell.strong) {
                 conflict = Some(Conflict {
                     wrote: true,
                     in_flight: cell.in_flight,

@@ -475,7 +475,7 @@ impl Warp {
                     }
                     Op::Exit => {
                         self.exited |= active;
-                        self.abandon_copies(ctx, active);
+                        self.abandon_copies(active);
                         if active == mask {
                             self.groups.remove(at);
                         } else {
@@ -794,7 +794,7 @@ impl Warp {
         let expected = match count {
             Some(slot) => {
                 let n = self.regs[bases.regs + slot as usize].0[lane as usize];
-                if n == 0 || n % 32 != 0 || n > 1024 {
+                if n == 0 || !n.is_multiple_of(32) || n > 1024 {
                     let message = format!("barrier of {n} threads: must be a multiple of 32");
                     return Err(ctx.fault(self, instr, Kind::Invalid, lane, message));
                 }
@@ -805,8 +805,7 @@ impl Warp {
         ctx.counters.barriers += 1;
         // A whole warp counts as 32 even where the block ends within it.
         let units = if aligned { 32 } else { active.count_ones() };
-        if let Err(message) = ctx.arrive(self.id, id, active.count_ones(), units, expected, arrive)
-        {
+        if let Err(message) = ctx.arrive(self.id, id, active.count_ones(), units, expected) {
             return Err(ctx.fault(self, instr, Kind::Deadlock, lane, message));
         }
         let mut slot = None;

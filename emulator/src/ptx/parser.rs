@@ -354,9 +354,8 @@ impl<'a> Parser<'_, 'a> {
 
     /// An optional `+ constant` or `- constant`.
     fn plus(&mut self) -> Result<i64> {
-        if self.eat(b'+') {
-            Ok(self.int()? as i64)
-        } else if self.is(b'-') {
+        // The minus is the integer's own.
+        if self.eat(b'+') || self.is(b'-') {
             Ok(self.int()? as i64)
         } else {
             Ok(0)

@@ -69,6 +69,8 @@ const COMPARISONS: [&str; 18] = [
     "geu", "num", "nan",
 ];
 
+// `p < q || p > q` is false on NaN, `p != q` is true.
+#[allow(clippy::double_comparisons)]
 fn comparison(name: &str, ty: Type, ftz: bool) -> Option<CmpFn> {
     use Type::*;
     let unsigned_only = matches!(name, "lo" | "ls" | "hi" | "hs");
@@ -91,6 +93,7 @@ fn comparison(name: &str, ty: Type, ftz: bool) -> Option<CmpFn> {
 }
 
 /// Comparison of the upper halves.
+#[allow(clippy::double_comparisons)]
 fn comparison_high(name: &str, ty: Type) -> Option<CmpFn> {
     match ty {
         Type::F16x2 => floating!(name, u32, |x| num::f16_to_f32((x >> 16) as u16)),

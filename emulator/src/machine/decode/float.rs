@@ -196,7 +196,7 @@ fn unit(x: f32) -> f32 {
 /// Negative values become zero; NaN stays.
 #[inline(always)]
 fn relu(x: f32) -> f32 {
-    if x < 0.0 || x == 0.0 { 0.0 } else { x }
+    if x <= 0.0 { 0.0 } else { x }
 }
 
 #[inline(always)]
@@ -615,6 +615,45 @@ impl<'a> Body<'_, '_, 'a> {
                 );
                 Ok(())
             }
+            // Made for the first step of a division: 20 bits, from and to the upper word alone.
+            (Type::F64, true, None) if ftz && matches!(f, Approx::Rcp | Approx::Rsqrt) => {
+                let f = if f == Approx::Rcp {
+                    alu!(f64; a: f64; upper(1.0 / upper_input(a)))
+                } else {
+                    alu!(f64; a: f64; upper(1.0 / upper_input(a).sqrt()))
+                };
+                let (d, s) = self.uniform(ins, ty)?;
+                self.emit_flops(
+                    ins,
+                    Class::Special,
+                    1,
+                    Op::Alu {
+                        f,
+                        d,
+                        a: s[0],
+                        b: 0,
+                        c: 0,
+                    },
+                );
+                Ok(())
+            }
+            (Type::F64, true, None) if f == Approx::Rsqrt => {
+                let f = alu!(f64; a: f64; 1.0 / a.sqrt());
+                let (d, s) = self.uniform(ins, ty)?;
+                self.emit_flops(
+                    ins,
+                    Class::Special,
+                    1,
+                    Op::Alu {
+                        f,
+                        d,
+                        a: s[0],
+                        b: 0,
+                        c: 0,
+                    },
+                );
+                Ok(())
+            }
             _ => ins.error("this form is not implemented"),
         }
     }
@@ -683,6 +722,31 @@ impl<'a> Body<'_, '_, 'a> {
             },
         );
         Ok(())
+    }
+}
+
+/// The operand without its lower word; subnormals become zero.
+#[inline(always)]
+fn upper_input(a: f64) -> f64 {
+    let a = f64::from_bits(a.to_bits() & !0xffff_ffff);
+    if a.abs() < f64::MIN_POSITIVE {
+        0f64.copysign(a)
+    } else {
+        a
+    }
+}
+
+/// The result rounded to its upper word; subnormals become zero.
+#[inline(always)]
+fn upper(x: f64) -> f64 {
+    if !x.is_finite() {
+        return x;
+    }
+    let x = f64::from_bits(x.to_bits().wrapping_add(0x8000_0000) & !0xffff_ffff);
+    if x.abs() < f64::MIN_POSITIVE {
+        0f64.copysign(x)
+    } else {
+        x
     }
 }
 

@@ -421,6 +421,14 @@ impl<'a> Body<'_, '_, 'a> {
                 self.alu(ins, Class::Integer, f, d, [a, b, both]);
                 Ok(())
             }
+            "fns" => {
+                let ty = ins.ty()?;
+                if ty != Type::B32 {
+                    return ins.bad_type(ty);
+                }
+                let f = alu!(u32; m: u32, base: u32, n: i32; find_nth(m, base, n));
+                self.plain(ins, f, ty, [ty, ty, ty])
+            }
             "bmsk" => {
                 let f = if ins.take("clamp") {
                     alu!(u32; a: u32, b: u32; {
@@ -698,6 +706,26 @@ fn bfe(a: u64, at: u32, n: u32, bits: u32, signed: bool) -> u64 {
     } else {
         low
     }
+}
+
+/// Position of the n-th set bit from `base` up (n > 0) or down (n < 0), or of `base` itself.
+fn find_nth(m: u32, base: u32, n: i32) -> u32 {
+    let set = |at: i64| m >> at & 1 == 1;
+    let mut left = n.unsigned_abs().max(1);
+    let mut at = base as i64;
+    while (0..32).contains(&at) {
+        if set(at) {
+            left -= 1;
+            if left == 0 {
+                return at as u32;
+            }
+        }
+        if n == 0 {
+            break;
+        }
+        at += n.signum() as i64;
+    }
+    !0
 }
 
 /// Byte permutation; bit 3 of a selector replicates the byte's sign.

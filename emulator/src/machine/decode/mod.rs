@@ -539,8 +539,8 @@ impl<'d, 'm, 'a> Body<'d, 'm, 'a> {
             "add" | "sub" | "mul" | "mad" | "fma" | "div" | "rem" | "abs" | "neg" | "min"
             | "max" | "sad" | "mul24" | "mad24" | "addc" | "subc" | "madc" => self.arithmetic(ins),
             "and" | "or" | "xor" | "not" | "cnot" | "shl" | "shr" | "shf" | "lop3" | "popc"
-            | "clz" | "bfind" | "brev" | "bfe" | "bfi" | "bmsk" | "szext" | "prmt" | "dp4a"
-            | "dp2a" => self.bits(ins),
+            | "clz" | "bfind" | "brev" | "bfe" | "bfi" | "bmsk" | "szext" | "prmt" | "fns"
+            | "dp4a" | "dp2a" => self.bits(ins),
             "rcp" | "sqrt" | "rsqrt" | "sin" | "cos" | "lg2" | "ex2" | "tanh" => {
                 self.function1(ins)
             }
