@@ -10,9 +10,9 @@ use dust_kernels::{Buffer, Cpu, Device};
 use serde::Serialize;
 
 use super::InputError;
-use crate::interrupt::{self, Interrupted};
 use super::model::{Loaded, ModelArgs};
 use crate::checkpoint::Checkpoint;
+use crate::interrupt::{self, Interrupted};
 use crate::model::{Batch, Model, Params, Purpose, Storage, Stored, Workspace};
 use crate::rollout::{Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
 

@@ -139,5 +139,5 @@ pub(super) fn weak_layer(text: &str) -> Result<Layer, String> {
     let layer = text
         .strip_prefix("allow-weak=")
         .ok_or("say allow-weak=LAYER")?;
-    layer.parse().map_err(|e| format!("{e}"))
+    layer.parse()
 }

@@ -72,7 +72,15 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     bar.set_position(done as u64);
     for step in done..config.train.steps {
         let chosen = choose(&groups, config, step);
-        let rolled = rollout::roll(&session, config, &mut engine, step, &chosen, &tasks)?;
+        let rolled = match rollout::roll(&session, config, &mut engine, step, &chosen, &tasks) {
+            // The weights are those after the last whole step: nothing but this rollout is lost.
+            Err(error) if interrupt::requested() => {
+                state::save(device, run, &session.model, &optimizer, step, &hash)?;
+                return Err(error);
+            }
+            other => other?,
+        };
+        // Updates are not broken off: an interrupt waits for the end of the step.
         let line = updater.update(&mut session, &mut optimizer, config, step, rolled)?;
         bar.inc(1);
         bar.set_message(format!(

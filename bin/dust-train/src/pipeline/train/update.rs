@@ -6,7 +6,6 @@ use super::super::{Config, Session};
 use super::metrics::{StepMetrics, mean, peak_memory_mib};
 use super::optimizer::Optimizer;
 use super::rollout::{Judged, Rolled};
-use crate::interrupt;
 use crate::metrics::mean_std;
 use crate::model::{Batch, Model, Workspace};
 use anyhow::{Result, ensure};
@@ -90,8 +89,6 @@ impl<B: Backend> Updater<B> {
                         &mut sums,
                     )?;
                     bar.inc(micro.groups.len() as u64);
-                    // An unfinished step is made again from the last checkpoint.
-                    interrupt::check()?;
                 }
                 let norm = optimizer.step(
                     &session.device,
