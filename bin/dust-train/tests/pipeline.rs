@@ -1,0 +1,220 @@
+//! The stages of DuST from outside, on a tiny random model and candidates made by hand: real labels,
+//! real training, a real kill.
+
+use std::borrow::Cow;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use dust_train::checkpoint::{Checkpoint, Dtype, save};
+use dust_train::tasks::{Split, builtin};
+use serde_json::{Value, json};
+
+/// The tiny model with room for long prompts, as a folder.
+fn model(dir: &Path) -> PathBuf {
+    let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/formats/tiny.gguf");
+    let tiny = Checkpoint::open(gguf.to_str().unwrap()).unwrap();
+    let mut config = tiny.config().clone();
+    config.max_positions = 8192;
+    let folder = dir.join("tiny");
+    save(
+        &folder,
+        &config,
+        Dtype::F32,
+        &tiny.text_files().unwrap(),
+        |name| Ok(Cow::Owned(tiny.tensor(name)?.data)),
+    )
+    .unwrap();
+    folder
+}
+
+/// A run folder with a configuration and four candidates, two of them right, for three problems.
+fn begin(dir: &Path, name: &str, steps: usize) -> PathBuf {
+    let folder = dir.join("tiny");
+    let model = if folder.exists() { folder } else { model(dir) };
+    let config = format!(
+        "seed = 3\n\
+         [model]\npath = {:?}\nbatch = 4\nmicro_batch_tokens = 8192\n\
+         [tasks]\nmax_eval = 1\n\
+         [sample]\ncandidates = 4\n[sample.sampling]\nmax_tokens = 8\n\
+         [judge]\nprefix = \"Ranking: 2 > 1 > 4 > 3\"\nmax_tokens = 3\n\
+         [train]\nsteps = {steps}\nprompts = 2\nmini_batch = 1\nepochs = 2\njudgments = 2\n\
+         learning_rate = 1e-3\nwarmup_steps = 1\ncheckpoint_every = 2\n\
+         [eval]\nrepeats = 1\n",
+        model.to_str().unwrap()
+    );
+    let run = dir.join(name);
+    fs::create_dir(&run).unwrap();
+    fs::write(dir.join(format!("{name}.toml")), config).unwrap();
+    let mut lines = String::new();
+    for task in builtin().unwrap() {
+        if task.split != Some(Split::Train) || lines.lines().count() == 12 {
+            continue;
+        }
+        let entry = task.entry_point.as_deref().unwrap();
+        let wrong = format!("def {entry}(*arguments):\n    return 'wrong'");
+        let right = task.solution.clone().unwrap();
+        for (sample, program) in [&right, &wrong, &wrong, &right].into_iter().enumerate() {
+            let line = json!({"problem": task.id, "sample": sample, "program": program,
+                "tokens": 9, "finish": "stop_token", "mean_logprob": -0.5});
+            lines += &format!("{line}\n");
+        }
+    }
+    fs::write(run.join("candidates.jsonl"), lines).unwrap();
+    run
+}
+
+fn command(stage: &str, run: &Path) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_dust-train"));
+    command
+        .arg(stage)
+        .arg("--run")
+        .arg(run)
+        .arg("--config")
+        .arg(run.with_extension("toml"));
+    // Not every machine lets a test have a cgroup; the sandbox's own tests hold it to all layers.
+    command.args(["--sandbox", "allow-weak=cgroup"]);
+    command
+}
+
+fn succeed(stage: &str, run: &Path) -> String {
+    let output = command(stage, run).output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stage}: {error}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The log without what depends on the clock and the machine.
+fn log(run: &Path) -> Vec<Value> {
+    fs::read_to_string(run.join("metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let mut line: Value = serde_json::from_str(line).unwrap();
+            for key in [
+                "seconds",
+                "rollout_tokens_per_s",
+                "train_tokens_per_s",
+                "peak_memory_mib",
+            ] {
+                assert!(line.as_object_mut().unwrap().remove(key).is_some(), "{key}");
+            }
+            line
+        })
+        .collect()
+}
+
+#[test]
+fn all_stages_run_and_their_files_fit() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = begin(dir.path(), "run", 2);
+    let table = succeed("run", &run);
+    for row in [
+        "pass@1",
+        "NDCG, mixed groups",
+        "Best-of-4",
+        "random pick",
+        "oracle",
+    ] {
+        assert!(table.contains(row), "{table}");
+    }
+    let verdicts = fs::read_to_string(run.join("verdicts.jsonl")).unwrap();
+    assert_eq!(verdicts.matches("passed").count(), 6, "{verdicts}");
+    assert_eq!(verdicts.matches("wrong_answer").count(), 6, "{verdicts}");
+    let groups = fs::read_to_string(run.join("groups.jsonl")).unwrap();
+    assert_eq!(groups.lines().count(), 3);
+    for line in log(&run) {
+        assert_eq!(line["mismatch"], 0.0, "rollout and training differ: {line}");
+    }
+    assert!(run.join("report.html").exists() && run.join("report.svg").exists());
+    // The trained model is a model like any other.
+    let trained = Checkpoint::open(run.join("model").to_str().unwrap()).unwrap();
+    assert_eq!(trained.config().layers, 2);
+    // Everything is there: a second run has nothing to do.
+    let before = fs::metadata(run.join("model/model.safetensors")).unwrap();
+    succeed("run", &run);
+    let after = fs::metadata(run.join("model/model.safetensors")).unwrap();
+    assert_eq!(before.modified().unwrap(), after.modified().unwrap());
+}
+
+#[test]
+fn a_killed_training_goes_on_to_the_same_bits() {
+    const STEPS: usize = 40;
+    let dir = tempfile::tempdir().unwrap();
+    let whole = begin(dir.path(), "whole", STEPS);
+    let killed = begin(dir.path(), "killed", STEPS);
+    for run in [&whole, &killed] {
+        succeed("label", run);
+        succeed("group", run);
+    }
+    succeed("train", &whole);
+
+    let mut child = command("train", &killed)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let start = Instant::now();
+    let partial = killed.join("metrics.jsonl.partial");
+    let steps = || fs::read_to_string(&partial).map_or(0, |text| text.lines().count());
+    while steps() < 5 {
+        assert!(
+            start.elapsed() < Duration::from_secs(120),
+            "training does not begin"
+        );
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(steps() < STEPS, "the kill came too late to show anything");
+    assert!(!killed.join("model").exists());
+    succeed("train", &killed);
+
+    assert_eq!(log(&whole), log(&killed));
+    let weights = |run: &Path| fs::read(run.join("model/model.safetensors")).unwrap();
+    assert!(weights(&whole) == weights(&killed), "the weights differ");
+}
+
+#[test]
+fn bad_input_is_one_line_and_status_2() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = begin(dir.path(), "run", 1);
+    let refuse = |mut command: Command, words: &str| {
+        let output = command.output().unwrap();
+        let error = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert_eq!(error.lines().count(), 1, "{error}");
+        assert!(error.contains(words), "{error}");
+    };
+    refuse(command("train", &run), "run `dust-train group` first");
+    refuse(command("report", &run), "run `dust-train eval` first");
+    let with = |field: &str| {
+        let mut command = command("train", &dir.path().join("run"));
+        command.args(["--set", field]);
+        command
+    };
+    refuse(with("train.steps=9"), "another configuration");
+    refuse(with("train.judgments=1"), "train.judgments");
+    refuse(with("train.nonsense=1"), "nonsense");
+    fs::write(run.join("candidates.jsonl"), "{\"problem\": 3}\n").unwrap();
+    refuse(command("label", &run), "candidates.jsonl: line 1");
+    fs::remove_file(run.join("candidates.jsonl")).unwrap();
+    refuse(command("label", &run), "run `dust-train sample` first");
+    let mut missing = command("sample", &run);
+    missing.args(["--config", "/nowhere.toml"]);
+    // clap refuses a repeated option before the file is looked for.
+    refuse(missing, "--config");
+}
+
+#[test]
+fn no_mixed_group_says_what_to_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = begin(dir.path(), "run", 1);
+    let text = fs::read_to_string(run.join("candidates.jsonl")).unwrap();
+    let right: Vec<&str> = text.lines().filter(|l| !l.contains("'wrong'")).collect();
+    fs::write(run.join("candidates.jsonl"), right.join("\n") + "\n").unwrap();
+    succeed("label", &run);
+    let output = command("group", &run).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("sample.candidates"));
+}
