@@ -133,7 +133,7 @@ impl Default for Config {
             capability: (8, 0),
             memory: 16 << 30,
             threads: 0,
-            step_limit: 20_000_000_000,
+            step_limit: 2_000_000_000,
         }
     }
 }

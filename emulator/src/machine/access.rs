@@ -786,33 +786,45 @@ impl Warp {
 
     /// The data of a copy arrives.
     fn land(&self, ctx: &mut Context, instr: &Instr, copy: &Copy) -> Result<()> {
-        let base = copy.to as usize;
-        for i in 0..copy.size as usize {
-            let (mut v, mut valid) = (0, true);
-            if i < copy.bytes as usize {
-                let from = copy.from + i as u64;
-                match ctx.launch.memory.resolve(from, 1) {
-                    Ok((a, o)) => {
+        let (base, bytes) = (copy.to as usize, copy.bytes as usize);
+        let mut data = [0u8; 16];
+        let mut valid = u32::MAX;
+        if bytes > 0 {
+            match ctx.launch.memory.resolve(copy.from, bytes as u64) {
+                Ok((a, offset)) => {
+                    for (i, byte) in data[..bytes].iter_mut().enumerate() {
                         // SAFETY: `resolve` checked the range.
-                        v = unsafe { read(a.pointer().add(o), 1) };
-                        valid = a.is_valid(o, 1);
-                    }
-                    Err(error) => {
-                        return Err(self.bad_global(
-                            ctx,
-                            instr,
-                            copy.lane as usize,
-                            from,
-                            1,
-                            "copy",
-                            error,
-                        ));
+                        *byte = unsafe { read(a.pointer().add(offset + i), 1) } as u8;
+                        valid &= !((!a.is_valid(offset + i, 1) as u32) << i);
                     }
                 }
+                Err(error) => {
+                    let lane = copy.lane as usize;
+                    return Err(self.bad_global(
+                        ctx,
+                        instr,
+                        lane,
+                        copy.from,
+                        bytes as u64,
+                        "copy",
+                        error,
+                    ));
+                }
             }
-            // SAFETY: the range was checked when the copy was issued.
-            unsafe { write(ctx.shared.pointer().add(base + i), 1, v) };
-            ctx.shared.set_valid(base + i, 1, valid);
+        }
+        for (i, word) in data[..copy.size as usize].chunks_exact(4).enumerate() {
+            let v = u32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+            let at = base + 4 * i;
+            // SAFETY: range and alignment were checked when the copy was issued.
+            unsafe { write(ctx.shared.pointer().add(at), 4, v as u64) };
+            if valid == u32::MAX {
+                ctx.shared.set_valid(at, 4, true);
+            } else {
+                (0..4).for_each(|b| {
+                    ctx.shared
+                        .set_valid(at + b, 1, valid >> (4 * i + b) & 1 == 1)
+                });
+            }
         }
         Ok(())
     }

@@ -327,7 +327,8 @@ pub struct GlobalShadow {
     /// Low half: 1 + the block that wrote last. High half: 1 + a block that read, `u32::MAX` for
     /// several. Cells of earlier launches are told by `launches`.
     cells: Box<[AtomicU64]>,
-    launch: Mutex<u64>,
+    launch: AtomicU64,
+    reset: Mutex<()>,
 }
 
 const SEVERAL: u32 = u32::MAX;
@@ -338,21 +339,25 @@ impl GlobalShadow {
         cells.resize_with(len.div_ceil(4), || AtomicU64::new(0));
         GlobalShadow {
             cells: cells.into_boxed_slice(),
-            launch: Mutex::new(0),
+            launch: AtomicU64::new(0),
+            reset: Mutex::new(()),
         }
     }
 
     /// Forgets earlier launches, once for each.
     pub fn start(&self, launch: u64) {
-        let mut last = match self.launch.lock() {
+        if self.launch.load(Ordering::Acquire) == launch {
+            return;
+        }
+        let _turn = match self.reset.lock() {
             Ok(guard) => guard,
             Err(poisoned) => poisoned.into_inner(),
         };
-        if *last != launch {
+        if self.launch.load(Ordering::Acquire) != launch {
             self.cells
                 .iter()
                 .for_each(|c| c.store(0, Ordering::Relaxed));
-            *last = launch;
+            self.launch.store(launch, Ordering::Release);
         }
     }
 

@@ -216,10 +216,7 @@ impl Warp {
         for (slot, wide, start) in &f.starts {
             let at = base + *slot as usize;
             self.poison[at] = 0;
-            let changes = match start {
-                Start::Special(s) => !matches!(s, Special::Laneid | Special::Warpid),
-                _ => false,
-            };
+            let changes = matches!(start, Start::Special(Special::Ctaid(_) | Special::Smid));
             if keep && !changes {
                 continue;
             }
