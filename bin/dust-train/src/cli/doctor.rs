@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 
+use crate::sandbox::{Sandbox, SandboxConfig};
 use anyhow::Result;
 use dust_kernels::Cpu;
 
@@ -15,7 +16,7 @@ use dust_kernels::Cpu;
 pub(super) struct Args {}
 
 pub(super) fn run(_: &Args, cpu: &Cpu) -> Result<ExitCode> {
-    let mut missing = Vec::new();
+    let mut missing: Vec<String> = Vec::new();
     let mut out = io::stdout();
     let mut say = |name: &str, value: &str| writeln!(out, "{name:<14} {value}");
     say("dust-train", env!("CARGO_PKG_VERSION"))?;
@@ -44,14 +45,25 @@ pub(super) fn run(_: &Args, cpu: &Cpu) -> Result<ExitCode> {
         Ok(abi) => say("Landlock", &format!("ABI {abi}"))?,
         Err(problem) => {
             say("Landlock", &problem)?;
-            missing.push("Landlock: use Linux 5.13 or newer with `landlock` among the kernel's active security modules");
+            missing.push("Landlock: use Linux 5.13 or newer with `landlock` among the kernel's active security modules".into());
         }
     }
     match python() {
         Some(python) => say("python3", &python)?,
         None => {
             say("python3", "not found")?;
-            missing.push("python3: install it and put it on PATH");
+            missing.push("python3: install it and put it on PATH".into());
+        }
+    }
+    // The sandbox runs its own self-test when it starts.
+    match Sandbox::new(SandboxConfig::default()) {
+        Ok(sandbox) => say(
+            "sandbox",
+            &sandbox.effective().to_string().replace('\n', "; "),
+        )?,
+        Err(problem) => {
+            say("sandbox", "not as strict as asked for")?;
+            missing.push(format!("{problem:#}"));
         }
     }
     say(
@@ -69,7 +81,8 @@ pub(super) fn run(_: &Args, cpu: &Cpu) -> Result<ExitCode> {
         }
         None => {
             say("model cache", "none")?;
-            missing.push("model cache: set HF_HOME to a folder, or name models by their path");
+            missing
+                .push("model cache: set HF_HOME to a folder, or name models by their path".into());
         }
     }
     let endpoint = std::env::var("HF_ENDPOINT").ok().filter(|v| !v.is_empty());

@@ -62,7 +62,7 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
     let loaded = args.model.load(cpu)?;
     let order = Permutation::seeded(programs.len(), args.sampling.seed, &task.id, 0);
     let shown: Vec<&str> = programs.iter().map(String::as_str).collect();
-    let prompt = loaded.chat(&prompt(&task, &shown, &order), args.thinking)?;
+    let prompt = loaded.chat(&prompt(&task, &shown, &order, &[]), args.thinking)?;
     loaded.check_prompt("the problem with its programs", &prompt)?;
     // Some templates open the thought themselves.
     let thinking = loaded

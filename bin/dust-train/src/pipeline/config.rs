@@ -162,6 +162,9 @@ pub struct JudgeSettings {
     /// Words that are put into the judge's mouth: the answer continues them. `Ranking:` makes a
     /// small model answer without reasoning; empty leaves the answer to the model.
     pub prefix: String,
+    /// Example rankings in the prompt, at random and the same for every model: a small model needs
+    /// to see the form.
+    pub examples: usize,
     /// Strings that end the answer, besides the model's stop tokens.
     pub stop: Vec<String>,
     /// Longest judgment in tokens.
@@ -173,6 +176,7 @@ impl Default for JudgeSettings {
         Self {
             parse: Parse::Strict,
             prefix: String::new(),
+            examples: 0,
             stop: Vec::new(),
             max_tokens: 2048,
         }

@@ -23,9 +23,16 @@ impl Question {
         index: usize,
     ) -> Result<Self> {
         let order = Permutation::seeded(programs.len(), config.seed, group, index);
+        let name = format!("{group}/examples");
+        let examples: Vec<Permutation> = (0..config.judge.examples)
+            .map(|i| Permutation::seeded(programs.len(), config.seed, &name, index + i))
+            .collect();
         let shown: Vec<&str> = programs.iter().map(String::as_str).collect();
         Ok(Self {
-            tokens: session.encode(&prompt(task, &shown, &order), &config.judge.prefix)?,
+            tokens: session.encode(
+                &prompt(task, &shown, &order, &examples),
+                &config.judge.prefix,
+            )?,
             order,
         })
     }
