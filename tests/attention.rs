@@ -1,6 +1,6 @@
 //! Attention against an f64 reference, and the equality of its paths to the bit.
 
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
 use dust_kernels::cpu::{CpuBuf, Level};
 use dust_kernels::{Cpu, Device, Error, Result};
 use rand::{RngExt, SeedableRng};
@@ -390,22 +390,25 @@ impl Cache {
             }));
         }
         let rows = slots.len();
+        let (q_lens, contexts) = (
+            sequences.iter().map(|s| s.q_len as usize),
+            sequences.iter().map(|s| s.context as usize),
+        );
+        let batch = PagedBatch {
+            sequences: &cpu.upload(&sequences).unwrap(),
+            count: sequences.len(),
+            rows,
+            max_q_len: q_lens.max().unwrap_or(0),
+            max_context: contexts.max().unwrap_or(0),
+            pages: &self.pages,
+        };
         let slots = cpu.upload(&slots).unwrap();
         let qkv = cpu.upload(qkv).unwrap();
         cpu.cache_write(rows, h, &qkv, &slots, &mut self.k, &mut self.v)
             .unwrap();
         let mut out = cpu.zeros(rows * h.out_width()).unwrap();
-        cpu.attention_paged(
-            h,
-            scale(h),
-            &sequences,
-            &self.pages,
-            &qkv,
-            &self.k,
-            &self.v,
-            &mut out,
-        )
-        .unwrap();
+        cpu.attention_paged(h, scale(h), batch, &qkv, &self.k, &self.v, &mut out)
+            .unwrap();
         cpu.download(&out).unwrap()
     }
 }
@@ -578,7 +581,15 @@ fn paged_calls_refuse_what_breaks_the_rules() {
                 first_page,
             })
             .collect();
-        cpu.attention_paged(h, 1.0, &sequences, &pages, &qkv, &k, &v, &mut out)
+        let batch = PagedBatch {
+            sequences: &cpu.upload(&sequences).unwrap(),
+            count: sequences.len(),
+            rows: 3,
+            max_q_len: 2,
+            max_context: 129,
+            pages: &pages,
+        };
+        cpu.attention_paged(h, 1.0, batch, &qkv, &k, &v, &mut out)
     };
     assert_eq!(call(&[(0, 1, 128, 0), (1, 2, 3, 1), (9, 0, 0, 9)]), Ok(()));
     assert!(matches!(
@@ -598,11 +609,15 @@ fn paged_calls_refuse_what_breaks_the_rules() {
         call(&[(0, 1, 129, 1)]),
         Err(Error::TooShort { name: "pages", .. })
     ));
-    assert!(matches!(
-        call(&[(2, 2, 9, 0)]),
-        Err(Error::TooShort { name: "qkv", .. })
-    ));
-    assert!(matches!(call(&[(0, 3, 2, 0)]), Err(Error::Invalid { .. })));
+    for (bad, rule) in [
+        ((2, 2, 9, 0), "beyond the 3 rows"),
+        ((0, 3, 9, 0), "allows 2 in 129"),
+        ((0, 2, 130, 0), "allows 2 in 129"),
+        ((0, 2, 1, 0), "2 queries in a context of 1"),
+    ] {
+        let error = call(&[bad]).unwrap_err().to_string();
+        assert!(error.contains(rule), "{bad:?}: {error}");
+    }
     assert!(matches!(
         call(&[(0, 2, 2, 0), (1, 1, 2, 1)]),
         Err(Error::Invalid { .. })

@@ -12,7 +12,7 @@ mod tile;
 
 use super::pool::SharedMut;
 use super::{Cpu, CpuBuf};
-use crate::attention::{Attention, CHUNK, Heads, PagedSequence, Segment};
+use crate::attention::{Attention, CHUNK, Heads, PagedBatch, Segment};
 use crate::error::{check_indices, check_len};
 use crate::{Error, Result};
 use backward::{Gradients, Reader, RowDots, key_gradient, query_gradient};
@@ -281,8 +281,7 @@ impl Attention for Cpu {
         &self,
         heads: Heads,
         scale: f32,
-        sequences: &[PagedSequence],
-        pages: &CpuBuf<u32>,
+        batch: PagedBatch<'_, Cpu>,
         qkv: &CpuBuf<f32>,
         k_cache: &CpuBuf<f32>,
         v_cache: &CpuBuf<f32>,
@@ -290,12 +289,21 @@ impl Attention for Cpu {
     ) -> Result<()> {
         const OP: &str = "attention_paged";
         heads.check(OP)?;
+        let PagedBatch { rows, pages, .. } = batch;
+        check_len(OP, "sequences", batch.sequences.len(), batch.count)?;
+        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(heads.qkv_width()))?;
+        check_len(OP, "out", out.len(), rows.saturating_mul(heads.out_width()))?;
+        let sequences = &batch.sequences[..batch.count];
         let runs = sequences
             .iter()
             .map(|s| (s.q_start as usize, s.q_len as usize));
-        let rows = check_disjoint(OP, runs)?;
-        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(heads.qkv_width()))?;
-        check_len(OP, "out", out.len(), rows.saturating_mul(heads.out_width()))?;
+        let end = check_disjoint(OP, runs)?;
+        if end > rows {
+            return Err(Error::invalid(
+                OP,
+                format!("a sequence's queries end at row {end}, beyond the {rows} rows"),
+            ));
+        }
         let limit = cache_pages(heads, k_cache, v_cache);
         let mut blocks = Vec::new();
         for (index, sequence) in sequences.iter().enumerate() {
@@ -308,6 +316,16 @@ impl Attention for Cpu {
             }
             if q_len == 0 {
                 continue;
+            }
+            let (max_q_len, max_context) = (batch.max_q_len, batch.max_context);
+            if q_len > max_q_len || context > max_context {
+                return Err(Error::invalid(
+                    OP,
+                    format!(
+                        "sequence {index} has {q_len} queries in a context of {context}, the \
+                         batch allows {max_q_len} in {max_context}"
+                    ),
+                ));
             }
             let first = sequence.first_page as usize;
             let end = first + context.div_ceil(CHUNK);
