@@ -6,6 +6,12 @@
 //! states are merged left to right. Prefill, decode from pages, shared prefixes and training all
 //! follow it, so that a token's output has the same bits on every path.
 
+mod check;
+
+pub(crate) use check::{
+    check_attention, check_attention_backward, check_cache_write, check_disjoint, check_paged,
+};
+
 use crate::{Device, Error, Result};
 
 /// Keys of one chunk of the canonical reduction, and tokens of a page of the key/value cache.
