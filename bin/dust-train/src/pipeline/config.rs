@@ -41,8 +41,9 @@ pub struct Config {
 pub struct ModelSettings {
     /// A Hugging Face folder, a `.gguf` file, or a hub repository `ORG/NAME`.
     pub path: String,
-    /// How matrices are stored: `f32`, or `bf16` with f32 master weights.
-    pub storage: Storage,
+    /// How matrices are stored: `f32`, or `bf16` with f32 master weights; left out: f32 on the CPU,
+    /// bf16 on a GPU.
+    pub storage: Option<Storage>,
     /// Thinking on or off, for templates that have the switch; left out: as the template says.
     pub thinking: Option<bool>,
     /// Keep one layer's activations in training and compute the others again.
@@ -57,7 +58,7 @@ impl Default for ModelSettings {
     fn default() -> Self {
         Self {
             path: String::new(),
-            storage: Storage::F32,
+            storage: None,
             thinking: None,
             recompute: false,
             batch: 32,

@@ -3,7 +3,7 @@
 use super::Config;
 use crate::checkpoint::Checkpoint;
 use crate::interrupt;
-use crate::model::Model;
+use crate::model::{Model, Storage};
 use crate::rollout::{Completion, Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
 use crate::text::{ChatOptions, ChatTemplate, Message, Role, Tokenizer, encode_chat};
 use anyhow::{Context, Result};
@@ -48,7 +48,12 @@ impl<B: Backend> Session<B> {
         let checkpoint = Checkpoint::open(path)?;
         let tokenizer = checkpoint.tokenizer()?;
         Ok(Self {
-            model: Model::load(&device, &checkpoint, config.model.storage, train)?,
+            model: Model::load(
+                &device,
+                &checkpoint,
+                Storage::on::<B>(config.model.storage)?,
+                train,
+            )?,
             template: checkpoint.chat_template(&tokenizer)?,
             text_files: checkpoint.text_files()?,
             thinking: config.model.thinking,
