@@ -6,13 +6,16 @@
 //! It has run on `cuda-emulator` only, which executes the very PTX that a GPU's driver would get;
 //! on hardware it is untried.
 
+mod activation;
+mod embedding;
 mod launch;
 mod norm;
+mod rope;
 
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
 
 use crate::error::check_len;
-use crate::{Buffer, Device, Element, Error, Result};
+use crate::{Buffer, Device, Element, Error, Result, Weight};
 use cudarc::driver::sys::{CUdeviceptr, CUresult, CUstream};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DriverError, result};
 use half::bf16;
@@ -186,7 +189,6 @@ impl Cuda {
     }
 
     /// Where a kernel notes a bad index of argument `name` of operation `op`.
-    #[allow(dead_code)] // until the first operation with indices
     fn fault(&self, op: &'static str, name: &'static str) -> Fault {
         let mut codes = lock(&self.shared.codes);
         let known = codes.iter().position(|&code| code == (op, name));
@@ -241,6 +243,17 @@ impl Scratch<'_> {
         use cudarc::driver::DevicePtr;
         let newest = self.slices.last();
         newest.map_or(0, |slice| slice.device_ptr(self.stream).0)
+    }
+}
+
+/// The weight's buffer: kernels read bf16 alone.
+fn bf16_weight<'a>(op: &'static str, weight: Weight<'a, Cuda>) -> Result<&'a CudaBuffer<bf16>> {
+    match weight {
+        Weight::Bf16(buffer) => Ok(buffer),
+        Weight::F32(_) => Err(Error::invalid(
+            op,
+            "the CUDA back end reads weights in bf16; round them when they are uploaded",
+        )),
     }
 }
 
