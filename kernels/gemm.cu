@@ -96,25 +96,20 @@ extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
     const Operand a{dy, static_cast<size_t>(outputs), rows, outputs};
     const Operand b{x, static_cast<size_t>(inputs), rows, inputs};
     multiply<Large, true, true>(acc, a, b, m, n, rows);
-    add_tile<Large>(acc, dw, inputs, m, n, outputs, inputs);
+    store_tile<Large>(acc, dw, inputs, m, n, outputs, inputs, true);
 }
 
 // A thread sums the eight columns of one run of 16 bytes.
-extern "C" __global__ void __launch_bounds__(32)
+extern "C" __global__ void __launch_bounds__(WARP)
     linear_dbias(const bf16* dy, float* dbias, int rows, int outputs) {
-    const int column = (blockIdx.x * 32 + threadIdx.x) * CHUNK;
+    const int column = (blockIdx.x * WARP + threadIdx.x) * CHUNK;
     if (column >= outputs) return;
     float sum[CHUNK] = {};
-    const uint4* run = reinterpret_cast<const uint4*>(dy + column);
 #pragma unroll 8
-    for (int r = 0; r < rows; r++, run += outputs / CHUNK) {
-        const uint4 four = *run;
-        const uint32_t words[4] = {four.x, four.y, four.z, four.w};
+    for (int r = 0; r < rows; r++) {
+        const Float8 row = widen(load8(dy + static_cast<size_t>(r) * outputs + column));
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            sum[2 * i] += __uint_as_float(words[i] << 16);
-            sum[2 * i + 1] += __uint_as_float(words[i] & 0xffff0000u);
-        }
+        for (int i = 0; i < CHUNK; i++) sum[i] += row.at[i];
     }
 #pragma unroll
     for (int i = 0; i < CHUNK; i++) dbias[column + i] += sum[i];

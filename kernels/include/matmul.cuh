@@ -137,7 +137,7 @@ __device__ __forceinline__ void store_pair(float* at, float x, float y) {
 }
 
 __device__ __forceinline__ void store_pair(bf16* at, float x, float y) {
-    *reinterpret_cast<uint32_t*>(at) = pack_bf16(x, y);
+    *reinterpret_cast<uint32_t*>(at) = round2(x, y);
 }
 
 // Where 16 bytes lie in a staged tile of rows of n x 128 bytes. Writes come in pairs of accumulators:
@@ -182,20 +182,22 @@ __device__ __forceinline__ void unstage(Write write) {
     }
 }
 
-// out[m.., n..] += the tile, where `out` is [rows, columns], aligned rows `stride` apart.
+// out[m.., n..] = the tile, or += the tile if `add`; `out` is [rows, columns] with aligned rows `stride`
+// apart.
 template <class T>
-__device__ __forceinline__ void add_tile(const float (&acc)[T::MI][T::NI][4], float* out,
-                                         size_t stride, int m, int n, int rows, int columns) {
+__device__ __forceinline__ void store_tile(const float (&acc)[T::MI][T::NI][4], float* out, size_t stride,
+                                           int m, int n, int rows, int columns, bool add) {
     stage<T, float>(acc);
     unstage<T, float>([&](int row, int column, uint4 run) {
-        if (m + row < rows && n + column < columns) {
-            float4* at = reinterpret_cast<float4*>(out + (m + row) * stride + n + column);
-            float4 sum = *at;
-            sum.x += __uint_as_float(run.x);
-            sum.y += __uint_as_float(run.y);
-            sum.z += __uint_as_float(run.z);
-            sum.w += __uint_as_float(run.w);
-            *at = sum;
+        if (m + row >= rows || n + column >= columns) return;
+        float4* at = reinterpret_cast<float4*>(out + (m + row) * stride + n + column);
+        float4 value = make_float4(__uint_as_float(run.x), __uint_as_float(run.y),
+                                   __uint_as_float(run.z), __uint_as_float(run.w));
+        if (add) {
+            const float4 before = *at;
+            value = make_float4(before.x + value.x, before.y + value.y, before.z + value.z,
+                                before.w + value.w);
         }
+        *at = value;
     });
 }
