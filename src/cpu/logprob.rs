@@ -13,12 +13,12 @@
 
 use super::gemm::dot::Dots;
 use super::gemm::outer::Product;
-use super::gemm::{self, Stored, check_matrix, with_weight};
+use super::gemm::{self, Stored, with_weight};
 use super::pool::SharedMut;
 use super::scratch::Scratch;
 use super::simd::{Kernel, Level, Simd};
 use super::{Cpu, CpuBuf};
-use crate::error::{check_indices, check_len};
+use crate::error::{check_indices, check_len, check_matrix};
 use crate::gemm::LinearShape;
 use crate::logprob::{HeadShape, Logprob};
 use crate::{Error, Result, Weight};

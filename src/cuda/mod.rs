@@ -6,6 +6,7 @@
 //! It has run on `cuda-emulator` only, which executes the very PTX that a GPU's driver would get;
 //! on hardware it is untried.
 
+mod gemm;
 mod launch;
 mod norm;
 
