@@ -41,11 +41,7 @@ impl Tile {
     /// they share the weights.
     pub(super) fn grid(&self, rows: usize, columns: usize) -> Grid {
         Grid {
-            blocks: [
-                rows.div_ceil(self.rows),
-                columns.div_ceil(self.columns),
-                1,
-            ],
+            blocks: [rows.div_ceil(self.rows), columns.div_ceil(self.columns), 1],
             threads: self.threads,
             shared: self.shared,
         }
