@@ -29,14 +29,18 @@ __device__ __forceinline__ float exp_negative(float d) {
     return e;
 }
 
+// z - max. Where its exponential is 0 it must not be infinite; a NaN stays one.
+__device__ __forceinline__ float below(float z, float max) {
+    const float d = __fsub_rn(z, max);
+    return d < -100.f ? -100.f : d;
+}
+
 // Two sums that go everywhere together.
 struct Sums {
     float sum = 0, weighted = 0;
 
     __device__ __forceinline__ void add_logit(float z, float max) {
-        // Where e^d is 0, d must not be infinite. A NaN stays one.
-        const float below = __fsub_rn(z, max), d = below < -100.f ? -100.f : below;
-        const float e = exp_negative(d);
+        const float d = below(z, max), e = exp_negative(d);
         sum = __fadd_rn(sum, e);
         weighted = __fmaf_rn(e, d, weighted);
     }
@@ -88,7 +92,7 @@ __device__ __forceinline__ LogSumExp finish(const float4* states, int units) {
     double sum = 0, weighted = 0;
     for (int u = threadIdx.x; u < units; u += FINISH_THREADS) {
         const float4 state = states[u];
-        const float below = __fsub_rn(state.x, max), d = below < -100.f ? -100.f : below;
+        const float d = below(state.x, max);
         const double factor = exp_negative(d);
         sum = __fma_rn(factor, static_cast<double>(state.y), sum);
         weighted = __fma_rn(factor, __fma_rn(static_cast<double>(d), static_cast<double>(state.y),

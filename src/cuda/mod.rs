@@ -8,7 +8,9 @@
 
 mod gemm;
 mod launch;
+mod logprob;
 mod norm;
+mod sampling;
 
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
 
@@ -187,7 +189,6 @@ impl Cuda {
     }
 
     /// Where a kernel notes a bad index of argument `name` of operation `op`.
-    #[allow(dead_code)] // until the first operation with indices
     fn fault(&self, op: &'static str, name: &'static str) -> Fault {
         let mut codes = lock(&self.shared.codes);
         let known = codes.iter().position(|&code| code == (op, name));
