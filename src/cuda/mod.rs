@@ -9,9 +9,12 @@
 mod activation;
 mod attention;
 mod embedding;
+mod gemm;
 mod launch;
+mod logprob;
 mod norm;
 mod rope;
+mod sampling;
 
 pub use attention::{PagedFaults, PagedPointers};
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
