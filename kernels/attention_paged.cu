@@ -40,21 +40,26 @@ struct Paged {
 
     __device__ int max_chunks() const { return (max_context + KEYS - 1) / KEYS; }
 
+    // Places at which a run of `length` can start among `count`.
+    __device__ static uint32_t starts(uint32_t count, uint64_t length) {
+        return length <= count ? count - length + 1 : 0;
+    }
+
     // Whether a sequence keeps within the bounds and has queries.
     __device__ bool takes_part(int index, const PagedSequence& s) const {
         if (s.q_len == 0) return false;
-        const uint64_t end = static_cast<uint64_t>(s.q_start) + s.q_len;
-        const uint64_t last_page = s.first_page + (static_cast<uint64_t>(s.context) + KEYS - 1) / KEYS;
+        // Unsigned of 64 bits: nothing here can wrap.
+        const uint64_t pages = (static_cast<uint64_t>(s.context) + KEYS - 1) / KEYS;
         const bool context = s.context <= max_context;
         const bool q_len = s.q_len <= max_q_len && s.q_len <= s.context;
-        const bool q_start = end <= rows;
-        const bool first_page = last_page <= page_count;
+        const bool q_start = static_cast<uint64_t>(s.q_start) + s.q_len <= rows;
+        const bool first_page = s.first_page + pages <= page_count;
         if (context && q_len && q_start && first_page) return true;
         if (threadIdx.x == 0) {
             if (!context) dust_fault(bad_context, index, s.context, max_context + 1);
             if (!q_len) dust_fault(bad_q_len, index, s.q_len, min(max_q_len, s.context) + 1);
-            if (!q_start) dust_fault(bad_q_start, index, s.q_start, max(rows, s.q_len) - s.q_len + 1);
-            if (!first_page) dust_fault(bad_first_page, index, s.first_page, page_count);
+            if (!q_start) dust_fault(bad_q_start, index, s.q_start, starts(rows, s.q_len));
+            if (!first_page) dust_fault(bad_first_page, index, s.first_page, starts(page_count, pages));
         }
         return false;
     }

@@ -96,7 +96,7 @@ fn check(cuda: &Cuda, what: &str, rows: usize, h: Heads, segments: &[Segment]) {
         assert_close(&name("dqkv"), &wide(&dqkv), &naive.dqkv, &want.dqkv, 2.0);
         // The log-sum-exp never passes through bf16.
         let lse_error = error(&wide(&lse), &want.lse);
-        assert!(lse_error < 4e-6, "{}: {lse_error:e}", name("lse"));
+        assert!(lse_error < 2e-5, "{}: {lse_error:e}", name("lse"));
     };
     hold("f64", &want);
     let cpu = Cpu::with_threads(1);
@@ -411,7 +411,7 @@ fn bad_indices_are_reported_and_memory_is_left_alone() {
         for (sequence, name, at, value, limit) in [
             ((0, 1, 64, 2), "pages", 2, 2, 2),
             ((0, 2, 129, 0), "pages", 2, 2, 2),
-            ((0, 1, 129, 1), "first_page", 1, 1, 3),
+            ((0, 1, 129, 1), "first_page", 1, 1, 1),
             ((0, 1, 1, u32::MAX), "first_page", 1, u32::MAX as usize, 3),
             ((0, 1, 130, 0), "context", 1, 130, 130),
             ((0, 3, 9, 0), "q_len", 1, 3, 3),
@@ -459,6 +459,59 @@ fn bad_indices_are_reported_and_memory_is_left_alone() {
             cuda.cache_write(4, h, &qkv, &slots, &mut v, &mut cuda.zeros(1).unwrap())
                 .is_err()
         );
+    });
+}
+
+#[test]
+fn a_captured_decode_serves_later_steps() {
+    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode_enum::*};
+    with_cuda(|cuda, _| {
+        let h = heads(2, 1, 64);
+        let qkv = up(cuda, &random(1, 2 * h.qkv_width()));
+        let cache = up(cuda, &random(2, 4 * CHUNK * h.kv_width()));
+        let pages = up(cuda, &[3u32, 1, 0, 2]);
+        let mut sequences = cuda.zeros(2).unwrap();
+        let step = |contexts: [u32; 2]| {
+            let sequence = |i: usize| PagedSequence {
+                q_start: i as u32,
+                q_len: 1,
+                context: contexts[i],
+                first_page: 2 * i as u32,
+            };
+            [sequence(0), sequence(1)]
+        };
+        let attend = |sequences: &_, out: &mut _| {
+            let batch = PagedBatch {
+                sequences,
+                count: 2,
+                rows: 2,
+                max_q_len: 1,
+                max_context: 2 * CHUNK,
+                pages: &pages,
+            };
+            cuda.attention_paged(h, scale(h), batch, &qkv, &cache, &cache, out)
+                .unwrap();
+        };
+        let steps = [step([1, 64]), step([65, 128]), step([100, 3])];
+        let want = steps.map(|step| {
+            cuda.write(&mut sequences, 0, &step).unwrap();
+            let mut out = cuda.zeros(2 * h.out_width()).unwrap();
+            attend(&sequences, &mut out);
+            bits(&cuda.download(&out).unwrap())
+        });
+        let mut out = cuda.zeros::<bf16>(2 * h.out_width()).unwrap();
+        let stream = cuda.stream();
+        stream
+            .begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .unwrap();
+        attend(&sequences, &mut out);
+        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+        let graph = graph.unwrap().unwrap();
+        for (step, want) in steps.iter().zip(want) {
+            cuda.write(&mut sequences, 0, step).unwrap();
+            graph.launch().unwrap();
+            assert_eq!(bits(&cuda.download(&out).unwrap()), want);
+        }
     });
 }
 
