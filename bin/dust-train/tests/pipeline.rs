@@ -286,3 +286,28 @@ fn arms_that_write_programs_draw_and_run_them() {
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(error.contains("no mixed group"), "{error}");
 }
+
+#[test]
+fn refilling_leaves_out_what_teaches_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = begin_with(
+        dir.path(),
+        "run",
+        "steps = 3\nrefill = true\nlearning_rate = 1e-3",
+    );
+    // A ranking is valid if the one token that follows is a space or the end: one in many.
+    let config = run.with_extension("toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let text = text.replace("judgments = 2", "judgments = 24");
+    fs::write(&config, text.replace("max_tokens = 3", "max_tokens = 1")).unwrap();
+    for stage in ["label", "group", "train"] {
+        succeed(stage, &run);
+    }
+    let mut updates = 0;
+    for line in log(&run) {
+        assert_eq!(line["zero_variance"], 0.0, "{line}");
+        assert_eq!(line["mismatch"], 0.0, "{line}");
+        updates += line["updates"].as_u64().unwrap();
+    }
+    assert!(updates > 0, "no group was left");
+}

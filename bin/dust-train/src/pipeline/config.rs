@@ -251,6 +251,8 @@ pub struct TrainSettings {
     pub prompts: usize,
     /// Answers a prompt (G): judgments of a group, or programs.
     pub judgments: u32,
+    /// Leave out groups whose answers all got the same reward, and draw for others instead.
+    pub refill: bool,
     /// Groups an update.
     pub mini_batch: usize,
     /// Passes over a step's judgments.
@@ -302,6 +304,7 @@ impl Default for TrainSettings {
             steps: 100,
             prompts: 64,
             judgments: 8,
+            refill: false,
             mini_batch: 16,
             epochs: 3,
             reward: Reward::PairAccuracy,

@@ -64,6 +64,7 @@ pub(super) fn write<B: Backend>(
     );
     Ok(Rolled {
         lesson: Lesson::Generation,
+        drawn: rewards.len(),
         groups: answered(session, config, requests, answers, &rewards)?,
         valid: programs.len(),
         pair_accuracy: Vec::new(),

@@ -131,7 +131,11 @@ struct Material<'a> {
     tasks: &'a Tasks<'a>,
 }
 
-/// The rollout of a step, as its arm has it.
+/// Times that a step draws for further prompts where too few teach something.
+const REFILLS: usize = 8;
+
+/// The rollout of a step. With `train.refill`, groups whose answers all got the same reward make
+/// room for others (dynamic sampling: DAPO, arXiv 2503.14476).
 fn roll<B: Backend>(
     session: &Session<B>,
     config: &Config,
@@ -140,10 +144,36 @@ fn roll<B: Backend>(
     all: &Material<'_>,
 ) -> Result<Rolled> {
     roller.start = Instant::now();
+    if !config.train.refill || step < config.train.sft_steps {
+        return draw(session, config, roller, step, step, all);
+    }
+    let mut rolled = Rolled::default();
+    for round in 0..REFILLS {
+        let number = step * REFILLS + round;
+        let more = draw(session, config, roller, step, number, all)?;
+        rolled.add(more);
+        rolled.groups.retain(|group| !group.zero_variance());
+        if rolled.groups.len() >= config.train.prompts {
+            break;
+        }
+    }
+    rolled.groups.truncate(config.train.prompts);
+    Ok(rolled)
+}
+
+/// Answers for the prompts number `number`, in the lesson of step `step`.
+fn draw<B: Backend>(
+    session: &Session<B>,
+    config: &Config,
+    roller: &mut Roller<B>,
+    step: usize,
+    number: usize,
+    all: &Material<'_>,
+) -> Result<Rolled> {
     let prompts = config.train.prompts;
-    let groups = || cycle(all.groups, config, "order", step, prompts);
+    let groups = || cycle(all.groups, config, "order", number, prompts);
     if step < config.train.sft_steps {
-        return ranking::imitate(session, config, roller, step, &groups(), all.tasks);
+        return ranking::imitate(session, config, roller, number, &groups(), all.tasks);
     }
     let writes = match config.train.arm {
         Arm::Ranking | Arm::OnPolicyRanking => false,
@@ -154,15 +184,15 @@ fn roll<B: Backend>(
         }
     };
     if writes {
-        let tasks = cycle(all.problems, config, "problems", step, prompts);
-        return generation::write(session, config, roller, step, &tasks);
+        let tasks = cycle(all.problems, config, "problems", number, prompts);
+        return generation::write(session, config, roller, number, &tasks);
     }
     if config.train.arm == Arm::OnPolicyRanking {
-        let groups = ranking::fresh_groups(session, config, step, all.problems)?;
+        let groups = ranking::fresh_groups(session, config, number, all.problems)?;
         let groups: Vec<&Group> = groups.iter().collect();
-        return ranking::judge(session, config, roller, step, &groups, all.tasks);
+        return ranking::judge(session, config, roller, number, &groups, all.tasks);
     }
-    ranking::judge(session, config, roller, step, &groups(), all.tasks)
+    ranking::judge(session, config, roller, number, &groups(), all.tasks)
 }
 
 /// The items of a step, `count` of them: each pass over all items has a random order of its own.

@@ -6,7 +6,7 @@ use super::super::label::{open_sandbox, program, run_programs};
 use super::super::session::derive_seed;
 use super::super::{Config, Session, bad_input};
 use super::rollout::{Answered, Lesson, Rolled, Roller, answered};
-use super::{Tasks, cycle};
+use super::{REFILLS, Tasks, cycle};
 use crate::rollout::{Completion, Finish, Request};
 use crate::sandbox::Verdict;
 use crate::shuffle::shuffle;
@@ -16,9 +16,6 @@ use dust_kernels::{Backend, ranking::RankingReward};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use std::collections::{BTreeMap, HashSet};
-
-/// Times that a step without enough mixed groups draws candidates for other problems.
-const REFILLS: usize = 8;
 
 /// Draws `train.judgments` judgments for each group.
 pub(super) fn judge<B: Backend>(
@@ -71,6 +68,7 @@ pub(super) fn judge<B: Backend>(
     let values = reward(config.train.reward.kernel())?;
     Ok(Rolled {
         lesson: Lesson::Ranking,
+        drawn: n,
         groups: answered(session, config, requests, answers, &values)?,
         valid: valid.iter().filter(|&&v| v).count(),
         pair_accuracy: pairs
@@ -117,6 +115,7 @@ pub(super) fn imitate<B: Backend>(
     let n = groups.len();
     Ok(Rolled {
         lesson: Lesson::Imitation,
+        drawn: n,
         groups: requests
             .into_iter()
             .zip(answers)

@@ -36,9 +36,12 @@ impl Answered {
 }
 
 /// The answers of a step.
+#[derive(Default)]
 pub(super) struct Rolled {
     pub lesson: Lesson,
     pub groups: Vec<Answered>,
+    /// Answers that were drawn, those of groups left out included.
+    pub drawn: usize,
     /// Answers that hold what was asked for: a ranking, a program.
     pub valid: usize,
     pub pair_accuracy: Vec<f32>,
@@ -48,6 +51,20 @@ pub(super) struct Rolled {
 }
 
 impl Rolled {
+    /// Takes in what another draw of the same step gave.
+    pub fn add(&mut self, more: Rolled) {
+        self.lesson = more.lesson;
+        self.groups.extend(more.groups);
+        self.drawn += more.drawn;
+        self.valid += more.valid;
+        self.pair_accuracy.extend(more.pair_accuracy);
+        self.picked_first.resize(more.picked_first.len(), 0);
+        for (sum, count) in self.picked_first.iter_mut().zip(more.picked_first) {
+            *sum += count;
+        }
+        self.seconds = more.seconds;
+    }
+
     pub fn answers(&self) -> impl Iterator<Item = &Completion> {
         self.groups.iter().flat_map(|g| &g.answers)
     }

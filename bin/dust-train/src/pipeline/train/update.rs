@@ -280,7 +280,7 @@ impl<B: Backend> Updater<B> {
                 rolled.groups.iter().filter(|g| g.zero_variance()).count(),
                 rolled.groups.len(),
             ),
-            invalid: share(answers - rolled.valid, answers),
+            invalid: share(rolled.drawn - rolled.valid, rolled.drawn),
             picked_first: rolled.picked_first.clone(),
             loss: f64::from(stats.loss) / sums.norms.len().max(1) as f64,
             entropy: sums.entropy / sums.first_tokens.max(1) as f64,
