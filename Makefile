@@ -2,34 +2,53 @@
 # make test         everything that must hold; what continuous integration runs
 # make bench        the kernels' benchmarks (criterion)
 # make bench-peers  beside llama.cpp and PyTorch, which it sets up itself
+# make ptx          the kernels' PTX, as target/ptx/<operation>.<architecture>.ptx
+# make toolchain    fetches the CUDA compiler to .toolchain/ (no GPU or system toolkit needed)
 # make model        fetches the demo's model to models/
 # make humaneval    fetches HumanEval to data/
 
 MODEL := models/SmolLM2-135M-Instruct.gguf
 HUMANEVAL := data/HumanEval.jsonl.gz
+TOOLCHAIN := .toolchain/stamp
 
-.PHONY: demo test bench bench-peers model humaneval
+# A CUDA toolkit that is there already is what build.rs takes.
+ifeq ($(strip $(DUST_NVCC)$(CUDA_HOME)$(shell command -v nvcc)),)
+NVCC := $(TOOLCHAIN)
+endif
 
-demo: $(MODEL)
+.PHONY: demo test bench bench-peers ptx toolchain model humaneval
+
+demo: $(MODEL) $(NVCC)
 	cargo build --release --package dust-train
 	target/release/dust-train run --config configs/demo.toml --run runs/demo
 
-test: $(MODEL) $(HUMANEVAL)
+# Always the pinned compiler: tests compare what it makes with figures that are committed.
+test: export DUST_NVCC = $(CURDIR)/.toolchain/nvidia/cu13/bin/nvcc
+test: $(MODEL) $(HUMANEVAL) $(TOOLCHAIN)
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets -- -D warnings
+	cargo clippy --package dust-kernels --no-default-features --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	cargo test --workspace
 
-bench:
+bench: $(NVCC)
 	cargo bench --package dust-kernels
 
-bench-peers: $(MODEL)
+bench-peers: $(MODEL) $(NVCC)
 	cargo build --release --package dust-train
 	python3 scripts/bench_peers.py --model $(MODEL)
+
+ptx: $(NVCC)
+	cargo run --quiet --package dust-kernels --example ptx -- target/ptx
+
+toolchain: $(TOOLCHAIN)
 
 model: $(MODEL)
 
 humaneval: $(HUMANEVAL)
+
+$(TOOLCHAIN): scripts/fetch_toolchain.py
+	python3 scripts/fetch_toolchain.py
 
 $(MODEL):
 	python3 scripts/fetch_model.py

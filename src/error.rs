@@ -46,6 +46,14 @@ pub enum Error {
         /// Bytes asked for.
         bytes: usize,
     },
+    /// The device's driver reported an error.
+    #[error("{op}: {message}")]
+    Device {
+        /// What was being done.
+        op: &'static str,
+        /// The driver's words.
+        message: String,
+    },
 }
 
 impl Error {

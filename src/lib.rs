@@ -27,6 +27,8 @@ pub mod activation;
 pub mod adamw;
 pub mod attention;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 mod device;
 pub mod embedding;
 mod error;
@@ -39,6 +41,8 @@ pub mod rope;
 pub mod sampling;
 
 pub use cpu::Cpu;
+#[cfg(feature = "cuda")]
+pub use cuda::Cuda;
 pub use device::{Buffer, Device, Element, Float, Weight};
 pub use error::{Error, Result};
 

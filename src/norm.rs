@@ -1,6 +1,8 @@
 //! RMSNorm (Zhang and Sennrich 2019, arXiv 1910.07467): `y = x / sqrt(mean(x^2) + eps) * weight`.
 
-use crate::{Device, Result, attention::Heads};
+use crate::attention::Heads;
+use crate::error::check_len;
+use crate::{Device, Error, Result};
 
 /// Rows and their width.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -96,4 +98,102 @@ pub trait Norm: Device {
         dq_weight: &mut Self::Buf<f32>,
         dk_weight: &mut Self::Buf<f32>,
     ) -> Result<()>;
+}
+
+/// `rows * width`.
+fn check_shape(op: &'static str, shape: NormShape) -> Result<usize> {
+    if shape.width == 0 {
+        return Err(Error::invalid(op, "the width may not be 0"));
+    }
+    Ok(shape.rows.saturating_mul(shape.width))
+}
+
+/// The lengths that [`Norm::rms_norm`] needs.
+pub(crate) fn check_rms_norm(
+    shape: NormShape,
+    x: usize,
+    weight: usize,
+    y: usize,
+    rstd: usize,
+) -> Result<()> {
+    const OP: &str = "rms_norm";
+    let n = check_shape(OP, shape)?;
+    check_len(OP, "x", x, n)?;
+    check_len(OP, "weight", weight, shape.width)?;
+    check_len(OP, "y", y, n)?;
+    check_len(OP, "rstd", rstd, shape.rows)
+}
+
+/// The lengths that [`Norm::add_rms_norm`] needs, in the order of its arguments.
+pub(crate) fn check_add_rms_norm(
+    shape: NormShape,
+    [residual, delta, weight]: [usize; 3],
+    [sum, y, rstd]: [usize; 3],
+) -> Result<()> {
+    const OP: &str = "add_rms_norm";
+    let n = check_shape(OP, shape)?;
+    check_len(OP, "residual", residual, n)?;
+    check_len(OP, "delta", delta, n)?;
+    check_len(OP, "weight", weight, shape.width)?;
+    check_len(OP, "sum", sum, n)?;
+    check_len(OP, "y", y, n)?;
+    check_len(OP, "rstd", rstd, shape.rows)
+}
+
+/// The lengths that [`Norm::rms_norm_backward`] needs, in the order of its arguments.
+pub(crate) fn check_rms_norm_backward(
+    shape: NormShape,
+    [dy, x, weight, rstd]: [usize; 4],
+    [dx, dweight]: [usize; 2],
+) -> Result<()> {
+    const OP: &str = "rms_norm_backward";
+    let n = check_shape(OP, shape)?;
+    check_len(OP, "dy", dy, n)?;
+    check_len(OP, "x", x, n)?;
+    check_len(OP, "weight", weight, shape.width)?;
+    check_len(OP, "rstd", rstd, shape.rows)?;
+    check_len(OP, "dx", dx, n)?;
+    check_len(OP, "dweight", dweight, shape.width)
+}
+
+/// The lengths that [`Norm::qk_norm`] needs.
+pub(crate) fn check_qk_norm(
+    rows: usize,
+    heads: Heads,
+    qkv: usize,
+    [q_weight, k_weight]: [usize; 2],
+    out: usize,
+    rstd: usize,
+) -> Result<()> {
+    const OP: &str = "qk_norm";
+    heads.check(OP)?;
+    let n = rows.saturating_mul(heads.qkv_width());
+    let normed = rows.saturating_mul(heads.q_heads + heads.kv_heads);
+    check_len(OP, "qkv", qkv, n)?;
+    check_len(OP, "q_weight", q_weight, heads.head_dim)?;
+    check_len(OP, "k_weight", k_weight, heads.head_dim)?;
+    check_len(OP, "out", out, n)?;
+    check_len(OP, "rstd", rstd, normed)
+}
+
+/// The lengths that [`Norm::qk_norm_backward`] needs.
+pub(crate) fn check_qk_norm_backward(
+    rows: usize,
+    heads: Heads,
+    qkv: usize,
+    [q_weight, k_weight]: [usize; 2],
+    rstd: usize,
+    [dqkv, dq_weight, dk_weight]: [usize; 3],
+) -> Result<()> {
+    const OP: &str = "qk_norm_backward";
+    heads.check(OP)?;
+    let n = rows.saturating_mul(heads.qkv_width());
+    let normed = rows.saturating_mul(heads.q_heads + heads.kv_heads);
+    check_len(OP, "qkv", qkv, n)?;
+    check_len(OP, "q_weight", q_weight, heads.head_dim)?;
+    check_len(OP, "k_weight", k_weight, heads.head_dim)?;
+    check_len(OP, "rstd", rstd, normed)?;
+    check_len(OP, "dqkv", dqkv, n)?;
+    check_len(OP, "dq_weight", dq_weight, heads.head_dim)?;
+    check_len(OP, "dk_weight", dk_weight, heads.head_dim)
 }

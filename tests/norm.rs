@@ -6,8 +6,10 @@ use dust_kernels::norm::{Norm, NormShape};
 use dust_kernels::{Cpu, Device, Error, Result};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use reference::{EPS, Results, naive_f32, naive_f64};
 
-const EPS: f32 = 1e-5;
+#[path = "reference/norm.rs"]
+mod reference;
 
 fn random(seed: u64, len: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
@@ -19,45 +21,6 @@ fn levels() -> impl Iterator<Item = Cpu> {
         .into_iter()
         .filter_map(|level| Cpu::with_threads(2).with_level(level).ok())
 }
-
-/// `y`, `rstd`, and the gradients of `x` and `weight` for the gradient `dy`.
-struct Results<T> {
-    y: Vec<T>,
-    rstd: Vec<T>,
-    dx: Vec<T>,
-    dweight: Vec<T>,
-}
-
-macro_rules! naive {
-    ($name:ident, $t:ty) => {
-        fn $name(x: &[$t], weight: &[$t], dy: &[$t]) -> Results<$t> {
-            let width = weight.len();
-            let mut results = Results {
-                y: Vec::new(),
-                rstd: Vec::new(),
-                dx: Vec::new(),
-                dweight: vec![0.0; width],
-            };
-            for (x, dy) in x.chunks(width).zip(dy.chunks(width)) {
-                let mean = x.iter().map(|x| x * x).sum::<$t>() / width as $t;
-                let rstd = 1.0 / (mean + EPS as $t).sqrt();
-                let h: Vec<$t> = x.iter().map(|x| x * rstd).collect();
-                let dot: $t = (0..width).map(|j| dy[j] * weight[j] * h[j]).sum();
-                for j in 0..width {
-                    results.y.push(h[j] * weight[j]);
-                    results
-                        .dx
-                        .push(rstd * (dy[j] * weight[j] - h[j] * dot / width as $t));
-                    results.dweight[j] += dy[j] * h[j];
-                }
-                results.rstd.push(rstd);
-            }
-            results
-        }
-    };
-}
-naive!(naive_f64, f64);
-naive!(naive_f32, f32);
 
 /// Both passes, from gradients that are 0 before.
 fn kernel(cpu: &Cpu, x: &[f32], weight: &[f32], dy: &[f32]) -> Result<Results<f32>> {

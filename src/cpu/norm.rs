@@ -9,8 +9,10 @@ use super::simd::{Kernel, Simd};
 use super::{Cpu, CpuBuf};
 use crate::Result;
 use crate::attention::Heads;
-use crate::error::check_len;
-use crate::norm::{Norm, NormShape};
+use crate::norm::{
+    Norm, NormShape, check_add_rms_norm, check_qk_norm, check_qk_norm_backward, check_rms_norm,
+    check_rms_norm_backward,
+};
 
 /// Rows of a task.
 const ROWS: usize = 16;
@@ -324,13 +326,6 @@ fn add(total: &mut [f32], x: &[f32]) {
     }
 }
 
-fn check_shape(op: &'static str, shape: NormShape) -> Result<usize> {
-    if shape.width == 0 {
-        return Err(crate::Error::invalid(op, "the width may not be 0"));
-    }
-    Ok(shape.rows.saturating_mul(shape.width))
-}
-
 impl Norm for Cpu {
     fn rms_norm(
         &self,
@@ -341,12 +336,7 @@ impl Norm for Cpu {
         y: &mut CpuBuf<f32>,
         rstd: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "rms_norm";
-        let n = check_shape(OP, shape)?;
-        check_len(OP, "x", x.len(), n)?;
-        check_len(OP, "weight", weight.len(), shape.width)?;
-        check_len(OP, "y", y.len(), n)?;
-        check_len(OP, "rstd", rstd.len(), shape.rows)?;
+        check_rms_norm(shape, x.len(), weight.len(), y.len(), rstd.len())?;
         let weight = &weight[..shape.width];
         self.norm_rows(eps, x, None, weight, y, &mut rstd[..shape.rows]);
         Ok(())
@@ -363,14 +353,8 @@ impl Norm for Cpu {
         y: &mut CpuBuf<f32>,
         rstd: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "add_rms_norm";
-        let n = check_shape(OP, shape)?;
-        check_len(OP, "residual", residual.len(), n)?;
-        check_len(OP, "delta", delta.len(), n)?;
-        check_len(OP, "weight", weight.len(), shape.width)?;
-        check_len(OP, "sum", sum.len(), n)?;
-        check_len(OP, "y", y.len(), n)?;
-        check_len(OP, "rstd", rstd.len(), shape.rows)?;
+        let inputs = [residual.len(), delta.len(), weight.len()];
+        check_add_rms_norm(shape, inputs, [sum.len(), y.len(), rstd.len()])?;
         let weight = &weight[..shape.width];
         let rstd = &mut rstd[..shape.rows];
         self.norm_rows(eps, residual, Some((delta, sum)), weight, y, rstd);
@@ -387,15 +371,9 @@ impl Norm for Cpu {
         dx: &mut CpuBuf<f32>,
         dweight: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "rms_norm_backward";
-        let n = check_shape(OP, shape)?;
+        let inputs = [dy.len(), x.len(), weight.len(), rstd.len()];
+        check_rms_norm_backward(shape, inputs, [dx.len(), dweight.len()])?;
         let NormShape { rows, width } = shape;
-        check_len(OP, "dy", dy.len(), n)?;
-        check_len(OP, "x", x.len(), n)?;
-        check_len(OP, "weight", weight.len(), width)?;
-        check_len(OP, "rstd", rstd.len(), rows)?;
-        check_len(OP, "dx", dx.len(), n)?;
-        check_len(OP, "dweight", dweight.len(), width)?;
         let weight = &weight[..width];
         let dx = SharedMut::new(dx);
         let mut blocks = CpuBuf::zeros(rows.div_ceil(ROWS) * width)?;
@@ -429,15 +407,10 @@ impl Norm for Cpu {
         out: &mut CpuBuf<f32>,
         rstd: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "qk_norm";
-        heads.check(OP)?;
+        let weights = [q_weight.len(), k_weight.len()];
+        check_qk_norm(rows, heads, qkv.len(), weights, out.len(), rstd.len())?;
         let width = heads.qkv_width();
         let normed = heads.q_heads + heads.kv_heads;
-        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(width))?;
-        check_len(OP, "q_weight", q_weight.len(), heads.head_dim)?;
-        check_len(OP, "k_weight", k_weight.len(), heads.head_dim)?;
-        check_len(OP, "out", out.len(), rows.saturating_mul(width))?;
-        check_len(OP, "rstd", rstd.len(), rows.saturating_mul(normed))?;
         let rstd = SharedMut::new(rstd);
         self.pool
             .chunks_mut(&mut out[..rows * width], ROWS * width, |task, out| {
@@ -468,18 +441,12 @@ impl Norm for Cpu {
         dq_weight: &mut CpuBuf<f32>,
         dk_weight: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "qk_norm_backward";
-        heads.check(OP)?;
+        let weights = [q_weight.len(), k_weight.len()];
+        let outputs = [dqkv.len(), dq_weight.len(), dk_weight.len()];
+        check_qk_norm_backward(rows, heads, qkv.len(), weights, rstd.len(), outputs)?;
         let Heads { head_dim, .. } = heads;
         let width = heads.qkv_width();
         let normed = heads.q_heads + heads.kv_heads;
-        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(width))?;
-        check_len(OP, "q_weight", q_weight.len(), head_dim)?;
-        check_len(OP, "k_weight", k_weight.len(), head_dim)?;
-        check_len(OP, "rstd", rstd.len(), rows.saturating_mul(normed))?;
-        check_len(OP, "dqkv", dqkv.len(), rows.saturating_mul(width))?;
-        check_len(OP, "dq_weight", dq_weight.len(), head_dim)?;
-        check_len(OP, "dk_weight", dk_weight.len(), head_dim)?;
         let dqkv = SharedMut::new(dqkv);
         let mut blocks = CpuBuf::zeros(rows.div_ceil(ROWS) * 2 * head_dim)?;
         self.pool
