@@ -3,6 +3,9 @@
 //! Every operation is a trait in a module of its own ([`gemm`], [`attention`], [`logprob`], ...) and
 //! a [`Backend`] is the sum of them. [`Cpu`] implements all of them with SIMD on every core.
 //!
+//! Features: `cuda` (default) adds the back end `Cuda`, and launches on plain device pointers for
+//! other libraries' buffers; `cust` adds `cuda::cust`, for those of cust.
+//!
 //! Three promises hold for every operation, and tests hold them:
 //!
 //! 1. **Deterministic**: two runs give the same bits.

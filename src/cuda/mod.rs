@@ -6,8 +6,13 @@
 //! It has run on `cuda-emulator` only, which executes the very PTX that a GPU's driver would get;
 //! on hardware it is untried.
 
+mod adamw;
+#[cfg(feature = "cust")]
+pub mod cust;
+mod grpo;
 mod launch;
 mod norm;
+mod ranking;
 
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
 
@@ -186,7 +191,6 @@ impl Cuda {
     }
 
     /// Where a kernel notes a bad index of argument `name` of operation `op`.
-    #[allow(dead_code)] // until the first operation with indices
     fn fault(&self, op: &'static str, name: &'static str) -> Fault {
         let mut codes = lock(&self.shared.codes);
         let known = codes.iter().position(|&code| code == (op, name));
