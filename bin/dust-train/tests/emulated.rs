@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 use common::{any_tokenizer, generate, no_stops, open};
 use dust_kernels::adamw::AdamWConfig;
 use dust_kernels::grpo::{GrpoConfig, SequenceStats};
-use dust_kernels::{Backend, Cpu, Cuda};
+use dust_kernels::{Backend, Cpu, Cuda, Device};
 use dust_train::checkpoint::{Architecture, Checkpoint, Dtype, ModelConfig, save};
 use dust_train::model::{Batch, Model, Purpose, Storage, Workspace};
 use dust_train::pipeline::train::Optimizer;
