@@ -1,5 +1,9 @@
 //! HumanEval: `{task_id, prompt, entry_point, canonical_solution, test}`, one a line. The prompt is
 //! the head of a function with its documentation; `test` defines `check(candidate)`.
+//!
+//! Some tests call helpers that only the prompt defines (`poly`, `encode_cyclic`). The test code
+//! therefore starts with the prompt, its last function closed by `pass`: what the test relies on is
+//! never the program's own.
 
 use std::path::Path;
 
@@ -24,11 +28,11 @@ impl Row {
             id: self.task_id,
             statement: self.prompt.trim_end().to_owned(),
             solution: Some(format!("{}{}", self.prompt, self.canonical_solution)),
+            test_code: Some(format!("{}\n    pass\n{}", self.prompt, self.test)),
             starter_code: Some(self.prompt),
             mode: Mode::Assert,
             entry_point: Some(self.entry_point),
             tests: Vec::new(),
-            test_code: Some(self.test),
             difficulty: None,
             split: None,
             date: None,
@@ -83,6 +87,13 @@ mod tests {
         assert_eq!(
             task.solution.as_deref(),
             Some("import math\n\ndef f(x):\n    \"\"\"Double.\"\"\"\n    return 2 * x\n")
+        );
+        assert_eq!(
+            task.test_code.as_deref(),
+            Some(
+                "import math\n\ndef f(x):\n    \"\"\"Double.\"\"\"\n\n    pass\n\
+                 def check(candidate):\n    assert candidate(2) == 4\n"
+            )
         );
         assert_eq!(
             task.program("def f(x):\n    return x\n"),
