@@ -44,20 +44,10 @@ impl Row {
 
 /// Reads `HumanEval.jsonl`, plain or gzipped.
 pub fn humaneval(path: &Path) -> Result<TaskSet, TaskError> {
-    let mut set = TaskSet {
-        spec: path.display().to_string(),
-        tasks: Vec::new(),
-        records: 0,
-        window: None,
-        refused: Vec::new(),
-    };
+    let mut set = TaskSet::empty(path);
     for record in Lines::new(path, open(path)?) {
         let (line, text) = record?;
-        set.records += 1;
-        match record_from::<Row>(&text).and_then(Row::task) {
-            Ok(task) => set.tasks.push(task),
-            Err(broken) => set.refused.push(broken.at(path, line)),
-        }
+        set.add(path, line, record_from::<Row>(&text).and_then(Row::task));
     }
     Ok(set)
 }

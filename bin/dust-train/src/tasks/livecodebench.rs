@@ -70,11 +70,8 @@ impl FromStr for Window {
 /// window are skipped before their tests are decoded; one record is in memory at a time.
 pub fn livecodebench(path: &Path, window: Option<Window>) -> Result<TaskSet, TaskError> {
     let mut set = TaskSet {
-        spec: path.display().to_string(),
-        tasks: Vec::new(),
-        records: 0,
         window,
-        refused: Vec::new(),
+        ..TaskSet::empty(path)
     };
     for shard in shards(path)? {
         for record in Lines::new(&shard, open(&shard)?) {
