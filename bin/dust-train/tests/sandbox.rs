@@ -133,6 +133,23 @@ fn assertions() {
         asserts("def f(g): return g", None, "assert ("),
         Verdict::InfraError,
     );
+    // What the test misses is not the program's fault; what the program misses is.
+    expect(
+        asserts(
+            "def f(): return 1",
+            None,
+            "import no_such_module\nassert f() == 1",
+        ),
+        Verdict::InfraError,
+    );
+    expect(
+        asserts(
+            "import no_such_module\ndef f(): return 1",
+            None,
+            "assert f() == 1",
+        ),
+        Verdict::RuntimeError,
+    );
 }
 
 #[test]
