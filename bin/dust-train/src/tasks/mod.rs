@@ -9,7 +9,7 @@
 //! | `humaneval+:FILE`, `mbpp+:FILE` | `HumanEvalPlus.jsonl` and `MbppPlus.jsonl` of EvalPlus |
 //! | `mbpp:FILE` | `mbpp.jsonl` or `sanitized-mbpp.json` |
 //! | `rstar:FILE_OR_FOLDER` | `seed_testcase` of rStar-Coder, Parquet |
-//! | `livecodebench:FILE_OR_FOLDER[@WINDOW]` | `test*.jsonl` shards; WINDOW is `v5`, `v6` or `START..END` |
+//! | `livecodebench:FILE_OR_FOLDER[@WINDOW]` | `test*.jsonl` shards; WINDOW is `v5`, `v6`, `START..END` or `release_vN` |
 //! | any other text | a JSON Lines file with one [`Task`] a line |
 //!
 //! Files are untrusted: an error names the file, the line, the field and the remedy.
@@ -329,7 +329,7 @@ pub struct TaskSet {
     pub tasks: Vec<Task>,
     /// How many records the source holds.
     pub records: usize,
-    /// The dates that were asked for.
+    /// The dates or the release that were asked for.
     pub window: Option<Window>,
     /// Records of a public benchmark that could not be used. The project's own format is strict:
     /// there the first bad line is an error.
