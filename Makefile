@@ -1,5 +1,7 @@
 # make demo         DuST end to end on a real model, on the CPU (report in runs/demo/report.html)
 # make test         everything that must hold; what continuous integration runs
+# make test-long    ten thousand programs in the sandbox (minutes)
+# make fuzz         the fuzz targets, a minute each; needs cargo-fuzz
 # make bench        the kernels' benchmarks (criterion)
 # make bench-peers  beside llama.cpp and PyTorch, which it sets up itself
 # make model        fetches the demo's model to models/
@@ -8,7 +10,7 @@
 MODEL := models/SmolLM2-135M-Instruct.gguf
 HUMANEVAL := data/HumanEval.jsonl.gz
 
-.PHONY: demo test bench bench-peers model humaneval
+.PHONY: demo test test-long fuzz bench bench-peers model humaneval
 
 demo: $(MODEL)
 	cargo build --release --package dust-train
@@ -19,6 +21,13 @@ test: $(MODEL) $(HUMANEVAL)
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	cargo test --workspace
+
+test-long:
+	cargo test --package dust-train --test sandbox_soak -- --ignored --nocapture
+
+fuzz:
+	cd bin/dust-train && for target in exec_request box_answer printed; do \
+		RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -max_total_time=60 || exit 1; done
 
 bench:
 	cargo bench --package dust-kernels
