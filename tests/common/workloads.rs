@@ -98,7 +98,7 @@ fn embedding(cuda: &Cuda, counter: &mut Counter) {
 }
 
 fn norm(cuda: &Cuda, counter: &mut Counter) {
-    for (rows, width) in [(4096, 576), (1024, 2048)] {
+    for (rows, width) in [(4096, 576), (3072, 2048)] {
         let shape = NormShape { rows, width };
         let n = rows * width;
         let (x, dy, w) = (bf16s(cuda, n), bf16s(cuda, n), f32s(cuda, width));
