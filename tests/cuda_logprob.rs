@@ -69,8 +69,8 @@ fn check(cuda: &Cuda, what: &str, case: &Case) {
     let (naive, halves) = (sequential(case), bf16_gradients(case));
     let size = want.0[1].iter().fold(8.0, |m: f64, w| m.max(w.abs()));
     let truncation = (case.shape.hidden as f64 / 8.0 + 4.0) * 1.2e-7 * size;
-    for i in 0..5 {
-        let name = format!("{} of {:?}, {what}", NAMES[i], case.shape);
+    for (i, name) in NAMES.into_iter().enumerate() {
+        let name = format!("{name} of {:?}, {what}", case.shape);
         let (got, want) = (wide(&got.0[i]), &want.0[i]);
         match i {
             0..3 => {
@@ -123,12 +123,12 @@ fn agrees_with_the_cpu() {
     let got = with_cuda(|cuda, _| run(cuda, &case));
     let want = run(&Cpu::with_threads(1), &case);
     let halves = bf16_gradients(&case);
-    for i in 0..5 {
+    for (i, name) in NAMES.into_iter().enumerate() {
         let (got, want) = (wide(&got.0[i]), wide(&want.0[i]));
         match i {
-            0..3 => assert!(error(&got, &want) < 1e-5, "{}", NAMES[i]),
-            3 => assert_close(NAMES[i], &got, &rounded(&halves.0[i]), &want, 2.0),
-            _ => assert_close(NAMES[i], &got, &halves.0[i], &want, 2.0),
+            0..3 => assert!(error(&got, &want) < 1e-5, "{name}"),
+            3 => assert_close(name, &got, &rounded(&halves.0[i]), &want, 2.0),
+            _ => assert_close(name, &got, &halves.0[i], &want, 2.0),
         }
     }
 }
