@@ -8,9 +8,12 @@
 
 mod activation;
 mod embedding;
+mod gemm;
 mod launch;
+mod logprob;
 mod norm;
 mod rope;
+mod sampling;
 
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
 
