@@ -7,6 +7,7 @@
 //! on hardware it is untried.
 
 mod activation;
+mod attention;
 mod embedding;
 mod gemm;
 mod launch;
@@ -15,6 +16,7 @@ mod norm;
 mod rope;
 mod sampling;
 
+pub use attention::{PagedFaults, PagedPointers};
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
 
 use crate::error::check_len;

@@ -5,7 +5,7 @@ use super::{Activation, Batch, Model};
 use anyhow::{Result, ensure};
 use dust_kernels::{
     Backend,
-    attention::{PagedSequence, Segment},
+    attention::{PagedBatch, Segment},
     gemm::LinearShape,
     logprob::HeadShape,
     norm::NormShape,
@@ -15,11 +15,9 @@ use dust_kernels::{
 pub type LayerCache<B> = (Activation<B>, Activation<B>);
 
 /// The paged sequences of a rollout step, and the cache they lie in.
-pub struct PagedBatch<'a, B: Backend> {
+pub struct Paged<'a, B: Backend> {
     /// The sequences.
-    pub sequences: &'a [PagedSequence],
-    /// Their page numbers.
-    pub pages: &'a B::Buf<u32>,
+    pub batch: PagedBatch<'a, B>,
     /// Cache slot of each row.
     pub slots: &'a B::Buf<u32>,
     /// Keys and values of every layer.
@@ -31,7 +29,7 @@ pub enum Attend<'a, B: Backend> {
     /// Each other, in packed sequences.
     Packed(&'a [Segment]),
     /// A paged cache, which the pass also extends.
-    Paged(PagedBatch<'a, B>),
+    Paged(Paged<'a, B>),
 }
 
 impl<B: Backend> Model<B> {
@@ -230,8 +228,7 @@ impl<B: Backend> Model<B> {
                 device.attention_paged(
                     heads,
                     scale,
-                    paged.sequences,
-                    paged.pages,
+                    paged.batch,
                     &acts.qkv,
                     k,
                     v,

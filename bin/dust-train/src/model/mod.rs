@@ -7,7 +7,7 @@ mod params;
 mod workspace;
 
 pub use batch::{Batch, Target};
-pub use forward::{Attend, LayerCache, PagedBatch};
+pub use forward::{Attend, LayerCache, Paged};
 pub use params::{LayerParams, Params, Spec};
 pub use workspace::{LogprobBuffers, Purpose, Workspace};
 

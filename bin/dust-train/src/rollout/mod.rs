@@ -12,12 +12,12 @@
 mod pages;
 mod stop;
 
-use crate::model::{Attend, Model, PagedBatch, Purpose, Workspace};
+use crate::model::{Attend, Model, Paged, Purpose, Workspace};
 use crate::text::Tokenizer;
 use anyhow::{Result, bail, ensure};
 use dust_kernels::{
     Backend,
-    attention::{CHUNK, PagedSequence},
+    attention::{CHUNK, PagedBatch, PagedSequence},
     sampling::RowSampling,
 };
 use pages::Pages;
@@ -188,6 +188,7 @@ pub struct Engine<B: Backend> {
     config: EngineConfig,
     workspace: Workspace<B>,
     pages: Pages<B>,
+    sequences: B::Buf<PagedSequence>,
     table: B::Buf<u32>,
     slots: B::Buf<u32>,
     logits: B::Buf<f32>,
@@ -213,6 +214,8 @@ impl<B: Backend> Engine<B> {
         Ok(Self {
             workspace: Workspace::new(device, &model.config, rows, Purpose::Forward)?,
             pages: Pages::new(device, model, pages)?,
+            // One more than the samples: the prompt that is run beside them.
+            sequences: device.zeros(batch + 1)?,
             // Shared pages stand in the table of every sample that uses them.
             table: device.zeros((batch + 1) * pages)?,
             slots: device.zeros(rows)?,
@@ -444,6 +447,8 @@ impl<B: Backend> Run<'_, B> {
             );
             prompt.cached = to;
         }
+        let most = |of: fn(&PagedSequence) -> u32| sequences.iter().map(of).max().unwrap_or(0);
+        device.write(&mut engine.sequences, 0, &sequences)?;
         device.write(&mut engine.table, 0, &table)?;
         device.write(&mut engine.slots, 0, &slots)?;
         self.model.run(
@@ -451,9 +456,15 @@ impl<B: Backend> Run<'_, B> {
             &mut engine.workspace,
             &tokens,
             &positions,
-            &mut Attend::Paged(PagedBatch {
-                sequences: &sequences,
-                pages: &engine.table,
+            &mut Attend::Paged(Paged {
+                batch: PagedBatch {
+                    sequences: &engine.sequences,
+                    count: sequences.len(),
+                    rows: tokens.len(),
+                    max_q_len: most(|s| s.q_len) as usize,
+                    max_context: most(|s| s.context) as usize,
+                    pages: &engine.table,
+                },
                 slots: &engine.slots,
                 cache: &mut engine.pages.cache,
             }),
