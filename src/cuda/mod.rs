@@ -7,12 +7,17 @@
 //! on hardware it is untried.
 
 mod activation;
+mod adamw;
 mod attention;
+#[cfg(feature = "cust")]
+pub mod cust;
 mod embedding;
 mod gemm;
+mod grpo;
 mod launch;
 mod logprob;
 mod norm;
+mod ranking;
 mod rope;
 mod sampling;
 
