@@ -6,16 +6,19 @@
 //! It has run on `cuda-emulator` only, which executes the very PTX that a GPU's driver would get;
 //! on hardware it is untried.
 
+mod activation;
+mod embedding;
 mod gemm;
 mod launch;
 mod logprob;
 mod norm;
+mod rope;
 mod sampling;
 
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
 
 use crate::error::check_len;
-use crate::{Buffer, Device, Element, Error, Result};
+use crate::{Buffer, Device, Element, Error, Result, Weight};
 use cudarc::driver::sys::{CUdeviceptr, CUresult, CUstream};
 use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DriverError, result};
 use half::bf16;
@@ -243,6 +246,17 @@ impl Scratch<'_> {
         use cudarc::driver::DevicePtr;
         let newest = self.slices.last();
         newest.map_or(0, |slice| slice.device_ptr(self.stream).0)
+    }
+}
+
+/// The weight's buffer: kernels read bf16 alone.
+fn bf16_weight<'a>(op: &'static str, weight: Weight<'a, Cuda>) -> Result<&'a CudaBuffer<bf16>> {
+    match weight {
+        Weight::Bf16(buffer) => Ok(buffer),
+        Weight::F32(_) => Err(Error::invalid(
+            op,
+            "the CUDA back end reads weights in bf16; round them when they are uploaded",
+        )),
     }
 }
 
