@@ -306,7 +306,7 @@ fn bad_arguments_are_refused() {
         for (hidden, head, t, word) in [
             (8, half, 0.0, "temperature"),
             (4, half, 1.0, "hidden"),
-            (8, full, 1.0, "Weight::Bf16"),
+            (8, full, 1.0, "bf16"),
         ] {
             let message = forward(hidden, head, t, 2).unwrap_err().to_string();
             assert!(message.contains(word), "{message}");

@@ -7,8 +7,11 @@ use cuda_emulator::{Emulator, LaunchReport};
 use dust_kernels::activation::Activation;
 use dust_kernels::attention::Heads;
 use dust_kernels::embedding::Embedding;
+use dust_kernels::gemm::{Gemm, LinearShape};
+use dust_kernels::logprob::{HeadShape, Logprob};
 use dust_kernels::norm::{Norm, NormShape};
 use dust_kernels::rope::Rope;
+use dust_kernels::sampling::{RowSampling, Sampling};
 use dust_kernels::{Cuda, Device, Result, Weight};
 use half::bf16;
 
@@ -47,8 +50,11 @@ pub fn all(cuda: &Cuda, emulator: &Emulator) -> Vec<Workload> {
     };
     activation(cuda, &mut counter);
     embedding(cuda, &mut counter);
+    gemm(cuda, &mut counter);
+    logprob(cuda, &mut counter);
     norm(cuda, &mut counter);
     rope(cuda, &mut counter);
+    sampling(cuda, &mut counter);
     counter.done
 }
 
@@ -95,6 +101,129 @@ fn embedding(cuda: &Cuda, counter: &mut Counter) {
     counter.call(format!("scatter_add_rows, {shape}"), least, || {
         cuda.scatter_add_rows(rows, width, &tokens, &dout, &mut sums)
     });
+}
+
+fn gemm(cuda: &Cuda, counter: &mut Counter) {
+    let (inputs, outputs) = (512, 256);
+    let weights = inputs * outputs;
+    let w = bf16s(cuda, weights);
+    let weight = Weight::Bf16(&w);
+    // Training and decoding.
+    for rows in [256, 8] {
+        let shape = LinearShape {
+            rows,
+            inputs,
+            outputs,
+        };
+        let (x, dy) = (bf16s(cuda, rows * inputs), bf16s(cuda, rows * outputs));
+        let mut y = cuda.zeros(rows * outputs).unwrap();
+        let mut dx = cuda.zeros(rows * inputs).unwrap();
+        let least = 2 * (weights + rows * (inputs + outputs));
+        let size = format!("{rows} x {inputs} -> {outputs}");
+        counter.call(format!("linear, {size}"), least, || {
+            cuda.linear(shape, &x, weight, None, &mut y)
+        });
+        counter.call(format!("linear_dx, {size}"), least, || {
+            cuda.linear_dx(shape, &dy, weight, &mut dx)
+        });
+        if rows == 8 {
+            continue;
+        }
+        let mut dw = cuda.zeros(weights).unwrap();
+        let least = 2 * rows * (inputs + outputs) + 8 * weights;
+        counter.call(format!("linear_dw, {size}"), least, || {
+            cuda.linear_dw(shape, &x, &dy, &mut dw)
+        });
+        let mut dbias = cuda.zeros(outputs).unwrap();
+        let least = 2 * rows * outputs + 8 * outputs;
+        counter.call(format!("linear_dbias, {size}"), least, || {
+            cuda.linear_dbias(shape, &dy, &mut dbias)
+        });
+    }
+}
+
+fn logprob(cuda: &Cuda, counter: &mut Counter) {
+    let (hidden, vocab) = (512, 1000);
+    let weights = vocab * hidden;
+    let head = bf16s(cuda, weights);
+    let head = Weight::Bf16(&head);
+    let shape = |rows| HeadShape {
+        rows,
+        hidden,
+        vocab,
+    };
+    let rows = 128;
+    let size = format!("{rows} x {hidden} -> {vocab}");
+    let x = bf16s(cuda, rows * hidden);
+    let targets: Vec<u32> = (0..rows as u32).collect();
+    let (targets, dlogprob) = (up(cuda, &targets), f32s(cuda, rows));
+    let [mut logprob, mut lse, mut entropy] = [(); 3].map(|()| cuda.zeros(rows).unwrap());
+    let least = 2 * (weights + rows * hidden) + 4 * 4 * rows;
+    counter.call(format!("logprob, {size}"), least, || {
+        cuda.logprob(
+            shape(rows),
+            1.0,
+            &x,
+            head,
+            &targets,
+            &mut logprob,
+            &mut lse,
+            &mut entropy,
+        )
+    });
+    let mut dx = cuda.zeros(rows * hidden).unwrap();
+    let mut dhead = cuda.zeros(weights).unwrap();
+    let least = (2 + 8) * weights + 2 * 2 * rows * hidden + 3 * 4 * rows;
+    counter.call(format!("logprob_backward, {size}"), least, || {
+        cuda.logprob_backward(
+            shape(rows),
+            1.0,
+            &x,
+            head,
+            &targets,
+            &lse,
+            &dlogprob,
+            &mut dx,
+            Some(&mut dhead),
+        )
+    });
+    for rows in [128, 8] {
+        let mut logits = cuda.zeros(rows * vocab).unwrap();
+        let least = 2 * (weights + rows * hidden) + 4 * rows * vocab;
+        counter.call(
+            format!("logits, {rows} x {hidden} -> {vocab}"),
+            least,
+            || cuda.logits(shape(rows), &x, head, &mut logits),
+        );
+    }
+}
+
+fn sampling(cuda: &Cuda, counter: &mut Counter) {
+    let (rows, vocab) = (4, 32_000);
+    let logits = f32s(cuda, rows * vocab);
+    let plain = RowSampling::default();
+    let filtered = RowSampling {
+        top_k: 50,
+        top_p: 0.95,
+        ..plain
+    };
+    for (name, params) in [("plain", plain), ("top-k and top-p", filtered)] {
+        let params = up(cuda, &[params; 4]);
+        let mut tokens = cuda.zeros(rows).unwrap();
+        let [mut logprob, mut kept] = [(); 2].map(|()| cuda.zeros(rows).unwrap());
+        let least = rows * (4 * vocab + 32 + 12);
+        counter.call(format!("sample, {name}, {rows} x {vocab}"), least, || {
+            cuda.sample(
+                rows,
+                vocab,
+                &logits,
+                &params,
+                &mut tokens,
+                &mut logprob,
+                &mut kept,
+            )
+        });
+    }
 }
 
 fn norm(cuda: &Cuda, counter: &mut Counter) {
