@@ -208,7 +208,7 @@ fn bad_arguments_are_refused_by_name() {
         assert!(matches!(short, Err(Error::TooShort { name: "y", .. })));
         let wide = Weight::F32(&cuda.zeros(128).unwrap());
         for (shape, weight, word) in [
-            (shape(8, 16), wide, "Weight::Bf16"),
+            (shape(8, 16), wide, "bf16"),
             (shape(4, 16), weight, "inputs"),
             (shape(8, 12), weight, "outputs"),
         ] {
