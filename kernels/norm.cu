@@ -235,15 +235,16 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS)
     qk_norm(int rows, int q_heads, int kv_heads, int head_dim, int lanes, float eps, const bf16* qkv,
             const float* q_weight, const float* k_weight, bf16* out, float* rstd) {
     const int heads = q_heads + 2 * kv_heads, normed = q_heads + kv_heads;
-    const int lane = threadIdx.x % lanes;
-    const Float8 q8 = load8(q_weight + 8 * lane), k8 = load8(k_weight + 8 * lane);
-    const int groups = blockDim.x / lanes;
+    const int lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
+    const bool holds = 8 * lane < head_dim;  // a head of 80 takes 10 of 16 lanes
+    const Float8 q8 = holds ? load8(q_weight + 8 * lane) : Float8{};
+    const Float8 k8 = holds ? load8(k_weight + 8 * lane) : Float8{};
     const size_t count = (size_t)rows * heads;
     // The bound is a warp's, so that all of its lanes meet in the sum.
     const size_t warp_first = (size_t)blockIdx.x * groups + threadIdx.x / WARP * (WARP / lanes);
     for (size_t first = warp_first; first < count; first += (size_t)gridDim.x * groups) {
         const size_t item = first + threadIdx.x % WARP / lanes;
-        const bool there = item < count;
+        const bool there = holds && item < count;
         const int head = item % heads;
         const size_t at = item * head_dim + 8 * lane;
         const Pack8 p = there ? load8(qkv + at) : Pack8{};
@@ -265,18 +266,21 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS)
     qk_norm_backward(int rows, int q_heads, int kv_heads, int head_dim, int lanes, const bf16* qkv,
                      const float* q_weight, const float* k_weight, const float* rstd, bf16* dqkv,
                      float* partial) {
-    __shared__ float sums[2][MAX_THREADS * 8];
+    // Rows are 4 banks apart: a warp stores along a row, and reads 8 rows of 4 columns.
+    __shared__ float sums[2][8][MAX_THREADS + 4];
     const int heads = q_heads + 2 * kv_heads, normed = q_heads + kv_heads;
     const int lane = threadIdx.x % lanes;
     const int group = threadIdx.x / lanes, groups = blockDim.x / lanes;
-    const Float8 q8 = load8(q_weight + 8 * lane), k8 = load8(k_weight + 8 * lane);
+    const bool holds = 8 * lane < head_dim;
+    const Float8 q8 = holds ? load8(q_weight + 8 * lane) : Float8{};
+    const Float8 k8 = holds ? load8(k_weight + 8 * lane) : Float8{};
     Float8 dq = {}, dk = {};
     const int first_row = blockIdx.x * BACKWARD_ROWS;
     const int count = min(rows - first_row, BACKWARD_ROWS) * normed;
     const int in_warp = threadIdx.x % WARP / lanes;
     for (int first = group - in_warp; first < count; first += groups) {
         const int item = first + in_warp;
-        const bool there = item < count;
+        const bool there = holds && item < count;
         const int row = first_row + item / normed, head = item % normed;
         const size_t at = ((size_t)row * heads + head) * head_dim + 8 * lane;
         const float scale = there ? rstd[(size_t)row * normed + head] : 0;
@@ -291,15 +295,15 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS)
     }
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        sums[0][(group * 8 + i) * lanes + lane] = dq.at[i];
-        sums[1][(group * 8 + i) * lanes + lane] = dk.at[i];
+        sums[0][i][threadIdx.x] = dq.at[i];
+        sums[1][i][threadIdx.x] = dk.at[i];
     }
     __syncthreads();
     partial += (size_t)blockIdx.x * 2 * head_dim;
     for (int c = threadIdx.x; c < 2 * head_dim; c += blockDim.x) {
         const int which = c / head_dim, column = c % head_dim;
         float total = 0;
-        for (int g = 0; g < groups; g++) total += sums[which][(g * 8 + column % 8) * lanes + column / 8];
+        for (int g = 0; g < groups; g++) total += sums[which][column % 8][g * lanes + column / 8];
         partial[c] = total;
     }
 }

@@ -1,5 +1,6 @@
 //! SwiGLU (Shazeer 2020, arXiv 2002.05202): `silu(gate) * up`, `silu(g) = g / (1 + exp(-g))`.
 
+use crate::error::check_len;
 use crate::{Device, Result};
 
 /// The gated activation of the MLP.
@@ -44,4 +45,27 @@ pub trait Activation: Device {
         dout: &Self::Buf<Self::Elem>,
         dgate_up: &mut Self::Buf<Self::Elem>,
     ) -> Result<()>;
+}
+
+/// The lengths that [`Activation::swiglu`] needs.
+pub(crate) fn check_swiglu(rows: usize, width: usize, gate_up: usize, out: usize) -> Result<()> {
+    const OP: &str = "swiglu";
+    let len = rows.saturating_mul(width);
+    check_len(OP, "gate_up", gate_up, len.saturating_mul(2))?;
+    check_len(OP, "out", out, len)
+}
+
+/// The lengths that [`Activation::swiglu_backward`] needs.
+pub(crate) fn check_swiglu_backward(
+    rows: usize,
+    width: usize,
+    gate_up: usize,
+    dout: usize,
+    dgate_up: usize,
+) -> Result<()> {
+    const OP: &str = "swiglu_backward";
+    let len = rows.saturating_mul(width);
+    check_len(OP, "gate_up", gate_up, len.saturating_mul(2))?;
+    check_len(OP, "dout", dout, len)?;
+    check_len(OP, "dgate_up", dgate_up, len.saturating_mul(2))
 }

@@ -1,5 +1,6 @@
 //! Rows of a table by index, and their gradient.
 
+use crate::error::check_len;
 use crate::{Device, Result, Weight};
 
 /// Gathers rows, and scatters gradients back without atomics.
@@ -73,4 +74,20 @@ pub trait Embedding: Device {
         dout: &Self::Buf<Self::Elem>,
         dx: &mut Self::Buf<Self::Elem>,
     ) -> Result<()>;
+}
+
+/// What all of [`Embedding`] needs but the indices' values, which must be below the result: the
+/// rows of a table of `table` elements.
+pub(crate) fn check(
+    op: &'static str,
+    name: &'static str,
+    rows: usize,
+    width: usize,
+    index: usize,
+    table: usize,
+    dense: (&'static str, usize),
+) -> Result<usize> {
+    check_len(op, name, index, rows)?;
+    check_len(op, dense.0, dense.1, rows.saturating_mul(width))?;
+    Ok(table.checked_div(width).unwrap_or(usize::MAX))
 }

@@ -3,8 +3,12 @@
 //! Every operation is a trait in a module of its own ([`gemm`], [`attention`], [`logprob`], ...) and
 //! a [`Backend`] is the sum of them. [`Cpu`] implements all of them with SIMD on every core.
 //!
-//! Features: `cuda` (default) adds the back end `Cuda`, and launches on plain device pointers for
-//! other libraries' buffers; `cust` adds `cuda::cust`, for those of cust.
+//! With the feature `cuda`, on by default, there is `Cuda`: the operations as hand-written CUDA
+//! kernels with bf16 activations, launched through the driver alone, and the module `cuda` with the
+//! same kernels on plain device pointers. Building it needs nvcc (`make toolchain` fetches it), not
+//! a GPU. **It has run on `cuda-emulator` only**, which executes the PTX on the CPU with checks for
+//! races and bad accesses; on hardware it is untried. `default-features = false` leaves it out. The feature `cust`
+//! adds `cuda::cust`: the kernels on the buffers of the crate cust.
 //!
 //! Three promises hold for every operation, and tests hold them:
 //!

@@ -4,14 +4,14 @@ use dust_kernels::activation::Activation;
 use dust_kernels::{Cpu, Device, Error};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use reference::{silu, silu_slope};
+
+#[path = "reference/activation.rs"]
+mod reference;
 
 fn random(seed: u64, len: usize, range: f32) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..len).map(|_| rng.random_range(-range..range)).collect()
-}
-
-fn silu(g: f64) -> f64 {
-    g / (1.0 + (-g).exp())
 }
 
 fn forward(cpu: &Cpu, rows: usize, width: usize, gate_up: &[f32]) -> Vec<f32> {
@@ -54,6 +54,7 @@ fn values_and_gradients_match_f64() {
                     close(grad[row * 2 * width + width + j], d * silu(g));
                     let h = 1e-5;
                     let slope = (silu(g + h) - silu(g - h)) / (2.0 * h);
+                    assert!((slope - silu_slope(g)).abs() < 1e-8, "{slope} at {g}");
                     let want = d * u * slope;
                     let got = f64::from(grad[row * 2 * width + j]);
                     assert!(

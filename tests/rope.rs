@@ -6,8 +6,10 @@ use dust_kernels::rope::Rope;
 use dust_kernels::{Cpu, Device, Error};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use reference::{POSITIONS, angle, tables};
 
-const POSITIONS: usize = 300;
+#[path = "reference/rope.rs"]
+mod reference;
 
 const fn heads(q_heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
     Heads {
@@ -27,17 +29,6 @@ const SHAPES: [Heads; 4] = [
 fn random(seed: u64, len: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..len).map(|_| rng.random_range(-2.0..2.0)).collect()
-}
-
-/// The angle of pair `i` at a position.
-fn angle(position: u32, i: usize, head_dim: usize) -> f64 {
-    f64::from(position) * 10_000f64.powf(-2.0 * i as f64 / head_dim as f64)
-}
-
-fn tables(head_dim: usize) -> (Vec<f32>, Vec<f32>) {
-    let angles = (0..POSITIONS as u32)
-        .flat_map(|position| (0..head_dim / 2).map(move |i| angle(position, i, head_dim)));
-    angles.map(|a| (a.cos() as f32, a.sin() as f32)).unzip()
 }
 
 fn rotate(cpu: &Cpu, h: Heads, positions: &[u32], inverse: bool, qkv: &[f32]) -> Vec<f32> {

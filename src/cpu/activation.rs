@@ -8,8 +8,7 @@ use super::Cpu;
 use super::pool::SharedMut;
 use super::simd::{Kernel, Simd};
 use crate::Result;
-use crate::activation::Activation;
-use crate::error::check_len;
+use crate::activation::{Activation, check_swiglu, check_swiglu_backward};
 
 /// Elements of a task, about.
 const TASK: usize = 8 * 1024;
@@ -124,9 +123,8 @@ impl Activation for Cpu {
         gate_up: &Self::Buf<f32>,
         out: &mut Self::Buf<f32>,
     ) -> Result<()> {
-        let len = rows.saturating_mul(width);
-        check_len("swiglu", "gate_up", gate_up.len(), len.saturating_mul(2))?;
-        check_len("swiglu", "out", out.len(), len)?;
+        check_swiglu(rows, width, gate_up.len(), out.len())?;
+        let len = rows * width;
         if width == 0 {
             return Ok(());
         }
@@ -153,11 +151,8 @@ impl Activation for Cpu {
         dout: &Self::Buf<f32>,
         dgate_up: &mut Self::Buf<f32>,
     ) -> Result<()> {
-        let len = rows.saturating_mul(width);
-        let two = len.saturating_mul(2);
-        check_len("swiglu_backward", "gate_up", gate_up.len(), two)?;
-        check_len("swiglu_backward", "dout", dout.len(), len)?;
-        check_len("swiglu_backward", "dgate_up", dgate_up.len(), two)?;
+        check_swiglu_backward(rows, width, gate_up.len(), dout.len(), dgate_up.len())?;
+        let two = 2 * rows * width;
         if width == 0 {
             return Ok(());
         }

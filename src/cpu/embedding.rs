@@ -3,8 +3,8 @@
 
 use super::Cpu;
 use super::pool::{Pool, SharedMut};
-use crate::embedding::Embedding;
-use crate::error::{check_indices, check_len};
+use crate::embedding::{self, Embedding};
+use crate::error::check_indices;
 use crate::{Float, Result, Weight};
 
 /// Elements that a gather task copies, about.
@@ -22,14 +22,8 @@ fn check(
     table: usize,
     dense: (&'static str, usize),
 ) -> Result<()> {
-    check_len(op, name, index.len(), rows)?;
-    check_len(op, dense.0, dense.1, rows.saturating_mul(width))?;
-    check_indices(
-        op,
-        name,
-        &index[..rows],
-        table.checked_div(width).unwrap_or(usize::MAX),
-    )
+    let limit = embedding::check(op, name, rows, width, index.len(), table, dense)?;
+    check_indices(op, name, &index[..rows], limit)
 }
 
 fn gather<T: Float>(pool: &Pool, width: usize, index: &[u32], table: &[T], out: &mut [f32]) {

@@ -2,10 +2,10 @@
 
 use super::simd::{Kernel, Simd};
 use super::{Cpu, CpuBuf};
+use crate::Result;
 use crate::attention::Heads;
-use crate::error::{check_indices, check_len};
-use crate::rope::Rope;
-use crate::{Error, Result};
+use crate::error::check_indices;
+use crate::rope::{Rope, check_rope};
 
 /// Rows of a task.
 const ROWS: usize = 16;
@@ -84,18 +84,15 @@ impl Rope for Cpu {
         qkv: &mut CpuBuf<f32>,
     ) -> Result<()> {
         const OP: &str = "rope";
-        heads.check(OP)?;
-        if !heads.head_dim.is_multiple_of(2) {
-            return Err(Error::invalid(
-                OP,
-                format!("head_dim must be even, it is {}", heads.head_dim),
-            ));
-        }
-        let width = heads.qkv_width();
-        check_len(OP, "positions", positions.len(), rows)?;
-        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(width))?;
-        let limit = cos.len().min(sin.len()) / (heads.head_dim / 2);
+        let limit = check_rope(
+            rows,
+            heads,
+            positions.len(),
+            [cos.len(), sin.len()],
+            qkv.len(),
+        )?;
         check_indices(OP, "positions", &positions[..rows], limit)?;
+        let width = heads.qkv_width();
         let run = ROWS * width;
         self.pool
             .chunks_mut(&mut qkv[..rows * width], run, |task, qkv| {

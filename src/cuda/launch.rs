@@ -363,3 +363,14 @@ pub(super) fn dim(op: &'static str, name: &'static str, n: usize) -> Result<i32>
         )
     })
 }
+
+/// Kernels access 8 elements of a row at a time.
+pub(super) fn check_width(op: &'static str, width: usize) -> Result<()> {
+    match width.is_multiple_of(8) {
+        true => Ok(()),
+        false => Err(Error::invalid(
+            op,
+            format!("the width must be a multiple of 8, it is {width}"),
+        )),
+    }
+}

@@ -1,6 +1,6 @@
 //! Launches of `kernels/norm.cu`.
 
-use super::launch::{Grid, Kernels, dim};
+use super::launch::{Grid, Kernels, check_width, dim};
 use super::{Cuda, CudaBuffer};
 use crate::attention::Heads;
 use crate::norm::{
@@ -19,16 +19,6 @@ const BACKWARD_ROWS: usize = 16;
 /// Blocks from which on a forward block takes more than one row a warp, so that the weights are
 /// staged less often: twice the processors of an A100. Changes no result.
 const MANY_BLOCKS: usize = 216;
-
-fn check_width(op: &'static str, width: usize) -> Result<()> {
-    match width.is_multiple_of(8) {
-        true => Ok(()),
-        false => Err(Error::invalid(
-            op,
-            format!("the width must be a multiple of 8, it is {width}"),
-        )),
-    }
-}
 
 /// Lanes that hold a head, 8 elements each.
 fn head_lanes(op: &'static str, head_dim: usize) -> Result<usize> {

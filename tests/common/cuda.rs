@@ -169,7 +169,8 @@ impl Costs {
             assert_eq!(report.findings, [], "{what}");
             sum.add(&report.counters);
         }
-        let bytes = sum.global_load_bytes + sum.global_store_bytes;
+        // What one warp reads from one address in one instruction moves once.
+        let bytes = sum.global_load_unique_bytes + sum.global_store_unique_bytes;
         let ratio = bytes as f64 / self.least_bytes as f64;
         assert!(ratio <= self.bytes, "{what}: {ratio:.3} x the least bytes");
         assert!(
