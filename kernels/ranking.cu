@@ -49,21 +49,19 @@ extern "C" __global__ void __launch_bounds__(RANKINGS* WARP)
     labels += (size_t)ranking * items;
     float* ranked = shared[warp][0];
     float* ideal = shared[warp][1];
-    unsigned seen[2] = {0, 0};
+    unsigned long long seen = 0;
     bool inside = true;
     for (int rank = lane; rank < items; rank += WARP) {
         const unsigned item = order[rank];
         if (item < items) {
             ranked[rank] = labels[item];
-            seen[item / WARP] |= 1u << item % WARP;
+            seen |= 1ull << item;
         } else {
             inside = false;
         }
     }
-    int different = 0;
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        different += __popc(__reduce_or_sync(0xffffffffu, seen[half]));
+    const int different = __popc(__reduce_or_sync(0xffffffffu, (unsigned)seen)) +
+                          __popc(__reduce_or_sync(0xffffffffu, (unsigned)(seen >> 32)));
     if (!__all_sync(0xffffffffu, inside) || different != items) {
         if (lane == 0) rewards[ranking] = invalid;
         return;
