@@ -80,20 +80,6 @@ const HEADS: Heads = Heads {
 };
 const HEADS_NAME: &str = "(9 + 3 + 3) heads of 64";
 
-const HEADS: Heads = Heads {
-    q_heads: 9,
-    kv_heads: 3,
-    head_dim: 64,
-};
-const HEADS_NAME: &str = "(9 + 3 + 3) heads of 64";
-
-const HEADS: Heads = Heads {
-    q_heads: 9,
-    kv_heads: 3,
-    head_dim: 64,
-};
-const HEADS_NAME: &str = "(9 + 3 + 3) heads of 64";
-
 fn activation(cuda: &Cuda, counter: &mut Counter) {
     let (rows, width) = (256, 1536);
     let n = rows * width;
