@@ -5,12 +5,9 @@
 use super::cuda::{random, random_f32, reports_of, up};
 use cuda_emulator::{Emulator, LaunchReport};
 use dust_kernels::activation::Activation;
-use dust_kernels::adamw::{AdamW, AdamWConfig};
 use dust_kernels::attention::Heads;
 use dust_kernels::embedding::Embedding;
-use dust_kernels::grpo::{AdvantageConfig, Grpo, GrpoConfig};
 use dust_kernels::norm::{Norm, NormShape};
-use dust_kernels::ranking::{Ranking, RankingReward};
 use dust_kernels::rope::Rope;
 use dust_kernels::{Cuda, Device, Result, Weight};
 use half::bf16;
@@ -49,11 +46,8 @@ pub fn all(cuda: &Cuda, emulator: &Emulator) -> Vec<Workload> {
         done: Vec::new(),
     };
     activation(cuda, &mut counter);
-    adamw(cuda, &mut counter);
     embedding(cuda, &mut counter);
-    grpo(cuda, &mut counter);
     norm(cuda, &mut counter);
-    ranking(cuda, &mut counter);
     rope(cuda, &mut counter);
     counter.done
 }
@@ -80,27 +74,6 @@ fn activation(cuda: &Cuda, counter: &mut Counter) {
     });
 }
 
-fn adamw(cuda: &Cuda, counter: &mut Counter) {
-    let n = 256 * 1024;
-    let (grad, mut param) = (f32s(cuda, n), f32s(cuda, n));
-    let [mut m, mut v] = [(); 2].map(|()| cuda.zeros(n).unwrap());
-    let mut copy = cuda.zeros(n).unwrap();
-    let (mut norm, mut scale) = (cuda.zeros(1).unwrap(), up(cuda, &[1f32]));
-    let mut squares = cuda.zeros(1).unwrap();
-    counter.call(format!("sum_of_squares, {n}"), 4 * n + 4, || {
-        cuda.sum_of_squares(n, &grad, &mut squares, 0)
-    });
-    counter.call("clip_scale, 1".into(), 3 * 4, || {
-        cuda.clip_scale(1, 1.0, &squares, &mut norm, &mut scale)
-    });
-    let config = AdamWConfig::default();
-    let least = (4 * 4 + 3 * 4 + 2) * n + 4;
-    counter.call(format!("adamw, {n}"), least, || {
-        let copy = Some(&mut copy);
-        cuda.adamw(&config, n, &scale, &grad, &mut param, &mut m, &mut v, copy)
-    });
-}
-
 fn embedding(cuda: &Cuda, counter: &mut Counter) {
     let (rows, width, vocab) = (1024, 2048, 1500);
     let n = rows * width;
@@ -121,45 +94,6 @@ fn embedding(cuda: &Cuda, counter: &mut Counter) {
     let least = (2 + 4) * n + 4 * rows;
     counter.call(format!("scatter_add_rows, {shape}"), least, || {
         cuda.scatter_add_rows(rows, width, &tokens, &dout, &mut sums)
-    });
-}
-
-fn grpo(cuda: &Cuda, counter: &mut Counter) {
-    let (groups, size) = (256, 64);
-    let n = groups * size;
-    let (rewards, mut advantages) = (f32s(cuda, n), cuda.zeros(n).unwrap());
-    counter.call(format!("advantages, {groups} x {size}"), 8 * n, || {
-        let config = AdvantageConfig::default();
-        cuda.advantages(groups, size, config, &rewards, &mut advantages)
-    });
-    let (sequences, length) = (16, 1024);
-    let tokens = sequences * length;
-    let offsets: Vec<u32> = (0..=sequences).map(|s| (s * length) as u32).collect();
-    let offsets = up(cuda, &offsets);
-    let weights = f32s(cuda, sequences);
-    let (new, old, reference) = (f32s(cuda, tokens), f32s(cuda, tokens), f32s(cuda, tokens));
-    let mut d = cuda.zeros(tokens).unwrap();
-    let mut stats = cuda.zeros(sequences).unwrap();
-    let config = GrpoConfig {
-        kl_coef: 0.1,
-        ..Default::default()
-    };
-    let least = 16 * tokens + 4 + sequences * (3 * 4 + 32);
-    let name = format!("grpo_loss, {sequences} x {length} tokens");
-    counter.call(name, least, || {
-        cuda.grpo_loss(
-            &config,
-            sequences,
-            tokens,
-            &offsets,
-            &weights,
-            &advantages,
-            &new,
-            &old,
-            Some(&reference),
-            &mut d,
-            &mut stats,
-        )
     });
 }
 
@@ -203,29 +137,6 @@ fn norm(cuda: &Cuda, counter: &mut Counter) {
         least,
         || cuda.qk_norm_backward(rows, h, &qkv, &q, &k, &rstd, &mut dqkv, &mut dq, &mut dk),
     );
-}
-
-fn ranking(cuda: &Cuda, counter: &mut Counter) {
-    let (lists, items) = (64, 64);
-    let n = lists * items;
-    // 37 and 64 have no common factor: each list is a permutation.
-    let order: Vec<u32> = (0..n).map(|i| (i * 37 % items) as u32).collect();
-    let labels: Vec<f32> = (0..n).map(|i| (i % 3 == 0) as u32 as f32).collect();
-    let (order, labels, scores) = (up(cuda, &order), up(cuda, &labels), f32s(cuda, n));
-    let (mut one, mut d) = (cuda.zeros(lists).unwrap(), cuda.zeros(n).unwrap());
-    let shape = format!("{lists} x {items}");
-    let least = 8 * n + 4 * lists;
-    counter.call(format!("ranking_reward (NDCG), {shape}"), least, || {
-        let kind = RankingReward::Ndcg;
-        cuda.ranking_reward(lists, items, kind, 0.0, &order, &labels, &mut one)
-    });
-    let least = 12 * n + 4 * lists;
-    counter.call(format!("plackett_luce_loss, {shape}"), least, || {
-        cuda.plackett_luce_loss(lists, items, 1.0, &scores, &order, &mut one, &mut d)
-    });
-    counter.call(format!("pairwise_logistic_loss, {shape}"), least, || {
-        cuda.pairwise_logistic_loss(lists, items, 1.0, &scores, &labels, &mut one, &mut d)
-    });
 }
 
 const HEADS: Heads = Heads {
