@@ -40,7 +40,6 @@ test: $(MODEL) $(HUMANEVAL) $(TOOLCHAIN)
 test-cust: export DUST_NVCC = $(CURDIR)/.toolchain/nvidia/cu13/bin/nvcc
 test-cust: export CUDA_LIBRARY_PATH = $(CURDIR)/target/emulated-cuda
 test-cust: export LD_LIBRARY_PATH := $(CURDIR)/target/emulated-cuda/lib64$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
-test-cust: export CUDA_EMULATOR_LIBRARY = $(CURDIR)/target/emulated-cuda/lib64/libcuda.so
 test-cust: $(TOOLCHAIN)
 	cargo build --package cuda-emulator --lib
 	mkdir -p target/emulated-cuda/lib64

@@ -17,8 +17,9 @@
 
 constexpr int WARPS = 8;          // of a forward block: rows in flight
 constexpr int BACKWARD_ROWS = 16;  // of a backward block: a partial row costs 1/16 of its traffic
-constexpr int BACKWARD_VECTORS = 4;
-constexpr int MAX_THREADS = 256;
+constexpr int BACKWARD_THREADS = 512;
+constexpr int BACKWARD_VECTORS = 2;  // of a thread, in registers: widths up to 8192
+constexpr int HEAD_THREADS = 256;
 
 __device__ __forceinline__ float square_sum(Pack8 p, float sum) {
     const Float8 v = widen(p);
@@ -138,10 +139,10 @@ struct Gradient {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(BACKWARD_THREADS)
     rms_norm_backward(int rows, int width, const bf16* dy, const bf16* x, const float* weight,
                       const float* rstd, bf16* dx, float* partial) {
-    __shared__ float scratch[2][MAX_THREADS / WARP];
+    __shared__ float scratch[2][BACKWARD_THREADS / WARP];
     const int vectors = width / 8, threads = blockDim.x, thread = threadIdx.x;
     partial += (size_t)blockIdx.x * width;
     Float8 w[BACKWARD_VECTORS], dw[BACKWARD_VECTORS] = {};
@@ -229,16 +230,40 @@ __device__ __forceinline__ Float8 choose(bool first, const Float8& a, const Floa
     return out;
 }
 
+// The 8 weights of a lane, read from global memory once a block. In shared memory first and second
+// halves of vectors lie apart, as in `forward`.
+struct HeadWeights {
+    Float8 q, k;
+
+    __device__ __forceinline__ HeadWeights(const float* q_weight, const float* k_weight, int head_dim,
+                                           int lanes) {
+        __shared__ float4 staged[2][2][WARP];
+        const int v = threadIdx.x % lanes, which = threadIdx.x / lanes;
+        if (which < 2 && 8 * v < head_dim) {
+            const Float8 w = load8((which == 0 ? q_weight : k_weight) + 8 * v);
+            staged[which][0][v] = make_float4(w.at[0], w.at[1], w.at[2], w.at[3]);
+            staged[which][1][v] = make_float4(w.at[4], w.at[5], w.at[6], w.at[7]);
+        }
+        __syncthreads();
+        q = k = {};
+        if (8 * v < head_dim) {
+            const float4 a = staged[0][0][v], b = staged[0][1][v];
+            const float4 c = staged[1][0][v], d = staged[1][1][v];
+            q = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+            k = {c.x, c.y, c.z, c.w, d.x, d.y, d.z, d.w};
+        }
+    }
+};
+
 // The packed rows of attention: query heads, key heads, value heads. `lanes` (a power of two) lanes
 // hold a head, 8 elements each.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
     qk_norm(int rows, int q_heads, int kv_heads, int head_dim, int lanes, float eps, const bf16* qkv,
             const float* q_weight, const float* k_weight, bf16* out, float* rstd) {
     const int heads = q_heads + 2 * kv_heads, normed = q_heads + kv_heads;
     const int lane = threadIdx.x % lanes, groups = blockDim.x / lanes;
     const bool holds = 8 * lane < head_dim;  // a head of 80 takes 10 of 16 lanes
-    const Float8 q8 = holds ? load8(q_weight + 8 * lane) : Float8{};
-    const Float8 k8 = holds ? load8(k_weight + 8 * lane) : Float8{};
+    const HeadWeights weights(q_weight, k_weight, head_dim, lanes);
     const size_t count = (size_t)rows * heads;
     // The bound is a warp's, so that all of its lanes meet in the sum.
     const size_t warp_first = (size_t)blockIdx.x * groups + threadIdx.x / WARP * (WARP / lanes);
@@ -256,24 +281,23 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS)
         }
         const float scale = reciprocal_rms(squares, head_dim, eps);
         if (lane == 0) rstd[item / heads * normed + head] = scale;
-        store8(out + at, scaled(p, scale, choose(head < q_heads, q8, k8)));
+        store8(out + at, scaled(p, scale, choose(head < q_heads, weights.q, weights.k)));
     }
 }
 
 // A block takes 16 rows; each group of lanes every so many-th head of them. `partial` gets, for
 // each block, the gradient of q_weight and then that of k_weight.
-extern "C" __global__ void __launch_bounds__(MAX_THREADS)
+extern "C" __global__ void __launch_bounds__(HEAD_THREADS)
     qk_norm_backward(int rows, int q_heads, int kv_heads, int head_dim, int lanes, const bf16* qkv,
                      const float* q_weight, const float* k_weight, const float* rstd, bf16* dqkv,
                      float* partial) {
     // Rows are 4 banks apart: a warp stores along a row, and reads 8 rows of 4 columns.
-    __shared__ float sums[2][8][MAX_THREADS + 4];
+    __shared__ float sums[2][8][HEAD_THREADS + 4];
     const int heads = q_heads + 2 * kv_heads, normed = q_heads + kv_heads;
     const int lane = threadIdx.x % lanes;
     const int group = threadIdx.x / lanes, groups = blockDim.x / lanes;
     const bool holds = 8 * lane < head_dim;
-    const Float8 q8 = holds ? load8(q_weight + 8 * lane) : Float8{};
-    const Float8 k8 = holds ? load8(k_weight + 8 * lane) : Float8{};
+    const HeadWeights weights(q_weight, k_weight, head_dim, lanes);
     Float8 dq = {}, dk = {};
     const int first_row = blockIdx.x * BACKWARD_ROWS;
     const int count = min(rows - first_row, BACKWARD_ROWS) * normed;
@@ -286,7 +310,7 @@ extern "C" __global__ void __launch_bounds__(MAX_THREADS)
         const float scale = there ? rstd[(size_t)row * normed + head] : 0;
         const Gradient g(there ? load8(qkv + at) : Pack8{}, there ? load8(dqkv + at) : Pack8{}, scale);
         const bool query = head < q_heads;
-        const Float8 weight = choose(query, q8, k8);
+        const Float8 weight = choose(query, weights.q, weights.k);
         Float8 dweight = choose(query, dq, dk);
         const float mean = group_sum(g.reduce(weight, 0, dweight), lanes) / (float)head_dim;
         dq = choose(query, dweight, dq);

@@ -312,7 +312,7 @@ fn paths_agree(cuda: &Cuda, what: &str, h: Heads, prefix: usize, answers: &[usiz
     for token in prefix - 2..longest {
         let mut calls = Vec::new();
         let mut input = Vec::new();
-        let mut want = Vec::new();
+        let mut want: Vec<bf16> = Vec::new();
         for (answer, (sequence, out)) in sequences.iter().enumerate() {
             if token < prefix + answers[answer] {
                 calls.push((answer, token, 1));
@@ -557,7 +557,6 @@ fn multiply_adds_are_in_mma_and_memory_is_used_well() {
             ] {
                 let report = reports.iter().find(|r| r.kernel.starts_with(kernel));
                 let report = report.unwrap();
-                println!("{}", report.table());
                 let counters = &report.counters;
                 assert_eq!(counters.mma_flops, mma_flops, "{kernel} {head_dim}");
                 if mma_flops > 0 {
@@ -612,16 +611,13 @@ fn decode_moves_the_least_bytes() {
                     format!("attention_merge_{head_dim}")
                 ]
             );
-            println!("{}{}", reports[0].table(), reports[1].table());
             // Keys and values once, queries once a chunk, and the chunk states.
             let chunks = count * context / CHUNK;
             let states = chunks * h.q_heads * 4 * (head_dim + 2);
             let caches = 2 * 2 * count * context * h.kv_width();
             let queries = chunks * 2 * h.out_width();
-            let decode = Costs::memory_bound(caches + queries + states);
-            decode.check("decode", &reports[..1]);
-            let merge = Costs::memory_bound(states + 2 * out.len());
-            merge.check("merge", &reports[1..]);
+            Costs::memory_bound(caches + queries + states).check("decode", &reports[..1]);
+            Costs::memory_bound(states + 2 * out.len()).check("merge", &reports[1..]);
             let counters = &reports[0].counters;
             assert!(counters.flops * 10 < counters.mma_flops);
         }

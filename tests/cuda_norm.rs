@@ -119,8 +119,8 @@ fn agrees_with_the_cpu() {
             assert!((got - want).abs() <= limit, "{what}: {got} is not {want}");
         }
     };
-    near("y", &wide(&got.y), &wide(&y), 0.002, 1e-6);
-    near("dx", &wide(&got.dx), &wide(&dx), 0.002, 1e-6);
+    near("y", &wide(&got.y), &wide(&y), 0.004, 1e-6);
+    near("dx", &wide(&got.dx), &wide(&dx), 0.004, 1e-6);
     near("rstd", &wide(&got.rstd), &wide(&rstd), 1e-6, 0.0);
     near("dweight", &wide(&got.dweight), &wide(&dweight), 1e-5, 1e-5);
 }

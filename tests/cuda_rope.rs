@@ -108,7 +108,7 @@ fn agrees_with_the_cpu() {
     let got = with_cuda(|cuda, _| rotate(cuda, h, &positions, false, &qkv).unwrap());
     let want = rotate(&Cpu::with_threads(1), h, &positions, false, &to_f32(&qkv)).unwrap();
     for (got, want) in got.iter().zip(want) {
-        assert!((got.to_f32() - want).abs() <= 0.002 * want.abs() + 1e-6);
+        assert!((got.to_f32() - want).abs() <= 0.004 * want.abs() + 1e-6);
     }
 }
 

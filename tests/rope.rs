@@ -6,7 +6,7 @@ use dust_kernels::rope::Rope;
 use dust_kernels::{Cpu, Device, Error};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use reference::{POSITIONS, angle, tables};
+use reference::{angle, tables};
 
 #[path = "reference/rope.rs"]
 mod reference;

@@ -40,7 +40,7 @@ fn forward_grid(shape: NormShape) -> Grid {
 
 /// Threads of a backward block: as many as a row has vectors of 8, in whole warps.
 fn backward_threads(width: usize) -> usize {
-    (width / 8).next_multiple_of(WARP).min(256)
+    (width / 8).next_multiple_of(WARP).min(512)
 }
 
 impl Kernels {
