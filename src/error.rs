@@ -84,6 +84,23 @@ pub(crate) fn check_len(
     Ok(())
 }
 
+/// Refuses a matrix buffer that holds fewer than `rows * columns` elements.
+pub(crate) fn check_matrix(
+    op: &'static str,
+    name: &'static str,
+    len: usize,
+    rows: usize,
+    columns: usize,
+) -> Result<()> {
+    let needed = rows.checked_mul(columns).ok_or_else(|| {
+        Error::invalid(
+            op,
+            format!("`{name}` of {rows} x {columns} elements is larger than memory"),
+        )
+    })?;
+    check_len(op, name, len, needed)
+}
+
 /// Refuses the first index of `values` that is not below `limit`.
 pub(crate) fn check_indices(
     op: &'static str,

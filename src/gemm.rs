@@ -1,5 +1,6 @@
 //! Linear layers: `y = x wᵀ + bias`, and their three gradients.
 
+use crate::error::{check_len, check_matrix};
 use crate::{Device, Result, Weight};
 
 /// The sizes of a linear layer's call.
@@ -64,4 +65,42 @@ pub trait Gemm: Device {
         dy: &Self::Buf<Self::Elem>,
         dbias: &mut Self::Buf<f32>,
     ) -> Result<()>;
+}
+
+/// The lengths that [`Gemm::linear`] needs.
+pub(crate) fn check_linear(
+    shape: LinearShape,
+    x: usize,
+    w: usize,
+    bias: Option<usize>,
+    y: usize,
+) -> Result<()> {
+    const OP: &str = "linear";
+    check_matrix(OP, "x", x, shape.rows, shape.inputs)?;
+    check_matrix(OP, "w", w, shape.outputs, shape.inputs)?;
+    check_matrix(OP, "y", y, shape.rows, shape.outputs)?;
+    bias.map_or(Ok(()), |bias| check_len(OP, "bias", bias, shape.outputs))
+}
+
+/// The lengths that [`Gemm::linear_dx`] needs.
+pub(crate) fn check_linear_dx(shape: LinearShape, dy: usize, w: usize, dx: usize) -> Result<()> {
+    const OP: &str = "linear_dx";
+    check_matrix(OP, "dy", dy, shape.rows, shape.outputs)?;
+    check_matrix(OP, "w", w, shape.outputs, shape.inputs)?;
+    check_matrix(OP, "dx", dx, shape.rows, shape.inputs)
+}
+
+/// The lengths that [`Gemm::linear_dw`] needs.
+pub(crate) fn check_linear_dw(shape: LinearShape, x: usize, dy: usize, dw: usize) -> Result<()> {
+    const OP: &str = "linear_dw";
+    check_matrix(OP, "x", x, shape.rows, shape.inputs)?;
+    check_matrix(OP, "dy", dy, shape.rows, shape.outputs)?;
+    check_matrix(OP, "dw", dw, shape.outputs, shape.inputs)
+}
+
+/// The lengths that [`Gemm::linear_dbias`] needs.
+pub(crate) fn check_linear_dbias(shape: LinearShape, dy: usize, dbias: usize) -> Result<()> {
+    const OP: &str = "linear_dbias";
+    check_matrix(OP, "dy", dy, shape.rows, shape.outputs)?;
+    check_len(OP, "dbias", dbias, shape.outputs)
 }

@@ -3,7 +3,8 @@
 //! With `z = x headᵀ / temperature`: log-probability `z[target] - lse(z)`, entropy
 //! `lse(z) - sum softmax(z) z`. Training never stores the logits, only each row's log-sum-exp.
 
-use crate::{Device, Result, Weight};
+use crate::error::{check_len, check_matrix};
+use crate::{Device, Error, Result, Weight};
 
 /// The sizes of a head's call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -66,4 +67,61 @@ pub trait Logprob: Device {
         head: Weight<'_, Self>,
         logits: &mut Self::Buf<f32>,
     ) -> Result<()>;
+}
+
+/// `1 / temperature`, if both are positive and finite.
+pub(crate) fn inverse_temperature(op: &'static str, temperature: f32) -> Result<f32> {
+    let inverse = 1.0 / temperature;
+    if temperature > 0.0 && inverse > 0.0 && inverse.is_finite() {
+        return Ok(inverse);
+    }
+    Err(Error::invalid(
+        op,
+        format!("the temperature is {temperature}, it must be positive and finite, such as 1"),
+    ))
+}
+
+/// What forward and backward have in common.
+fn check_inputs(op: &'static str, shape: HeadShape, [x, head, targets]: [usize; 3]) -> Result<()> {
+    check_matrix(op, "x", x, shape.rows, shape.hidden)?;
+    check_matrix(op, "head", head, shape.vocab, shape.hidden)?;
+    check_len(op, "targets", targets, shape.rows)
+}
+
+/// The lengths that [`Logprob::logprob`] needs, in the order of its arguments.
+pub(crate) fn check_logprob(
+    shape: HeadShape,
+    inputs: [usize; 3],
+    [logprob, lse, entropy]: [usize; 3],
+) -> Result<()> {
+    const OP: &str = "logprob";
+    check_inputs(OP, shape, inputs)?;
+    check_len(OP, "logprob", logprob, shape.rows)?;
+    check_len(OP, "lse", lse, shape.rows)?;
+    check_len(OP, "entropy", entropy, shape.rows)
+}
+
+/// The lengths that [`Logprob::logprob_backward`] needs, in the order of its arguments.
+pub(crate) fn check_logprob_backward(
+    shape: HeadShape,
+    inputs: [usize; 3],
+    [lse, dlogprob, dx]: [usize; 3],
+    dhead: Option<usize>,
+) -> Result<()> {
+    const OP: &str = "logprob_backward";
+    check_inputs(OP, shape, inputs)?;
+    check_len(OP, "lse", lse, shape.rows)?;
+    check_len(OP, "dlogprob", dlogprob, shape.rows)?;
+    check_matrix(OP, "dx", dx, shape.rows, shape.hidden)?;
+    dhead.map_or(Ok(()), |dhead| {
+        check_matrix(OP, "dhead", dhead, shape.vocab, shape.hidden)
+    })
+}
+
+/// The lengths that [`Logprob::logits`] needs.
+pub(crate) fn check_logits(shape: HeadShape, x: usize, head: usize, logits: usize) -> Result<()> {
+    const OP: &str = "logits";
+    check_matrix(OP, "x", x, shape.rows, shape.hidden)?;
+    check_matrix(OP, "head", head, shape.vocab, shape.hidden)?;
+    check_matrix(OP, "logits", logits, shape.rows, shape.vocab)
 }

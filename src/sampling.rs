@@ -1,6 +1,7 @@
 //! Choosing the next token: temperature, top-k, top-p, min-p and greedy, with counter-based random
 //! numbers, so that a draw depends on (seed, sequence, position) and on nothing else.
 
+use crate::error::{check_len, check_matrix};
 use crate::{Device, Result};
 
 /// How one row is sampled. Filters apply in the order top-k, top-p, min-p, each to the
@@ -87,4 +88,19 @@ pub trait Sampling: Device {
         logprob: &mut Self::Buf<f32>,
         kept: &mut Self::Buf<f32>,
     ) -> Result<()>;
+}
+
+/// The lengths that [`Sampling::sample`] needs, in the order of its arguments.
+pub(crate) fn check_sample(
+    rows: usize,
+    vocab: usize,
+    [logits, params]: [usize; 2],
+    [tokens, logprob, kept]: [usize; 3],
+) -> Result<()> {
+    const OP: &str = "sample";
+    check_matrix(OP, "logits", logits, rows, vocab)?;
+    check_len(OP, "params", params, rows)?;
+    check_len(OP, "tokens", tokens, rows)?;
+    check_len(OP, "logprob", logprob, rows)?;
+    check_len(OP, "kept", kept, rows)
 }

@@ -5,8 +5,10 @@ use dust_kernels::gemm::{Gemm, LinearShape};
 use dust_kernels::{Cpu, Device, Error, Weight};
 use half::bf16;
 use proptest::prelude::*;
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use reference::{Case, Results, reference, sequential, worst};
+
+#[path = "reference/gemm.rs"]
+mod reference;
 
 /// Rows, inputs, outputs: awkward ones, more than one chunk, block and task of each dimension.
 const SHAPES: [(usize, usize, usize); 12] = [
@@ -24,133 +26,38 @@ const SHAPES: [(usize, usize, usize); 12] = [
     (2, 4100, 13),
 ];
 
-struct Case {
-    shape: LinearShape,
-    x: Vec<f32>,
-    /// Values that bf16 can hold.
-    w: Vec<f32>,
-    bias: Vec<f32>,
-    dy: Vec<f32>,
-    dw: Vec<f32>,
+fn halves(case: &Case) -> Vec<bf16> {
+    case.w.iter().map(|&w| bf16::from_f32(w)).collect()
 }
 
-impl Case {
-    fn new((rows, inputs, outputs): (usize, usize, usize), seed: u64) -> Self {
-        let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        let mut random =
-            |len: usize| -> Vec<f32> { (0..len).map(|_| rng.random_range(-1.0..1.0)).collect() };
-        let w = random(outputs * inputs);
-        Case {
-            shape: LinearShape {
-                rows,
-                inputs,
-                outputs,
-            },
-            x: random(rows * inputs),
-            w: w.iter().map(|&w| bf16::from_f32(w).to_f32()).collect(),
-            bias: random(outputs),
-            dy: random(rows * outputs),
-            dw: random(outputs * inputs),
-        }
-    }
-
-    fn halves(&self) -> Vec<bf16> {
-        self.w.iter().map(|&w| bf16::from_f32(w)).collect()
-    }
-
-    fn run(&self, cpu: &Cpu, half: bool) -> Results {
-        let LinearShape {
-            rows,
-            inputs,
-            outputs,
-        } = self.shape;
-        let x = cpu.upload(&self.x).unwrap();
-        let (w32, w16) = (
-            cpu.upload(&self.w).unwrap(),
-            cpu.upload(&self.halves()).unwrap(),
-        );
-        let w = if half {
-            Weight::Bf16(&w16)
-        } else {
-            Weight::F32(&w32)
-        };
-        let bias = cpu.upload(&self.bias).unwrap();
-        let dy = cpu.upload(&self.dy).unwrap();
-        let mut y = cpu.upload(&vec![f32::NAN; rows * outputs]).unwrap();
-        let mut dx = cpu.upload(&vec![f32::NAN; rows * inputs]).unwrap();
-        let mut dw = cpu.upload(&self.dw).unwrap();
-        let mut dbias = cpu.upload(&self.bias).unwrap();
-        cpu.linear(self.shape, &x, w, Some(&bias), &mut y).unwrap();
-        cpu.linear_dx(self.shape, &dy, w, &mut dx).unwrap();
-        cpu.linear_dw(self.shape, &x, &dy, &mut dw).unwrap();
-        cpu.linear_dbias(self.shape, &dy, &mut dbias).unwrap();
-        Results([&y, &dx, &dw, &dbias].map(|b| cpu.download(b).unwrap()))
-    }
-}
-
-/// y, dx, dw, dbias.
-#[derive(Clone)]
-struct Results<T = f32>([Vec<T>; 4]);
-
-impl Results {
-    fn bits(&self) -> [Vec<u32>; 4] {
-        self.0
-            .each_ref()
-            .map(|v| v.iter().map(|x| x.to_bits()).collect())
-    }
-}
-
-/// Plain loops, one sum after the other, in f64 or f32.
-macro_rules! naive {
-    ($name:ident, $t:ty) => {
-        fn $name(case: &Case) -> Results<$t> {
-            let LinearShape {
-                rows,
-                inputs,
-                outputs,
-            } = case.shape;
-            let wide = |v: &[f32]| -> Vec<$t> { v.iter().map(|&x| <$t>::from(x)).collect() };
-            let (x, w, dy) = (wide(&case.x), wide(&case.w), wide(&case.dy));
-            let bias = wide(&case.bias);
-            let mut y = vec![0.0; rows * outputs];
-            let mut dx = vec![0.0; rows * inputs];
-            let mut dw = vec![0.0; outputs * inputs];
-            let mut dbias = vec![0.0; outputs];
-            for r in 0..rows {
-                for o in 0..outputs {
-                    let g = dy[r * outputs + o];
-                    let mut sum = 0.0;
-                    for i in 0..inputs {
-                        sum += x[r * inputs + i] * w[o * inputs + i];
-                        dx[r * inputs + i] += g * w[o * inputs + i];
-                        dw[o * inputs + i] += g * x[r * inputs + i];
-                    }
-                    y[r * outputs + o] = sum + bias[o];
-                    dbias[o] += g;
-                }
-            }
-            for (dw, before) in dw.iter_mut().zip(&case.dw) {
-                *dw += <$t>::from(*before);
-            }
-            for (dbias, before) in dbias.iter_mut().zip(&bias) {
-                *dbias += before;
-            }
-            Results([y, dx, dw, dbias])
-        }
+fn run(case: &Case, cpu: &Cpu, half: bool) -> Results {
+    let LinearShape {
+        rows,
+        inputs,
+        outputs,
+    } = case.shape;
+    let x = cpu.upload(&case.x).unwrap();
+    let (w32, w16) = (
+        cpu.upload(&case.w).unwrap(),
+        cpu.upload(&halves(case)).unwrap(),
+    );
+    let w = if half {
+        Weight::Bf16(&w16)
+    } else {
+        Weight::F32(&w32)
     };
+    let bias = cpu.upload(&case.bias).unwrap();
+    let dy = cpu.upload(&case.dy).unwrap();
+    let mut y = cpu.upload(&vec![f32::NAN; rows * outputs]).unwrap();
+    let mut dx = cpu.upload(&vec![f32::NAN; rows * inputs]).unwrap();
+    let mut dw = cpu.upload(&case.dw).unwrap();
+    let mut dbias = cpu.upload(&case.bias).unwrap();
+    cpu.linear(case.shape, &x, w, Some(&bias), &mut y).unwrap();
+    cpu.linear_dx(case.shape, &dy, w, &mut dx).unwrap();
+    cpu.linear_dw(case.shape, &x, &dy, &mut dw).unwrap();
+    cpu.linear_dbias(case.shape, &dy, &mut dbias).unwrap();
+    Results([&y, &dx, &dw, &dbias].map(|b| cpu.download(b).unwrap()))
 }
-naive!(reference, f64);
-naive!(sequential, f32);
-
-fn worst(got: &[f32], want: &[f64]) -> f64 {
-    assert_eq!(got.len(), want.len());
-    got.iter()
-        .zip(want)
-        .map(|(&g, w)| (f64::from(g) - w).abs())
-        // Not `max`, which would pass over a NaN.
-        .fold(0.0, |a, b| if b <= a { a } else { b })
-}
-
 fn levels(cpu: &Cpu) -> Vec<Cpu> {
     [Level::Portable, Level::Avx2, Level::Avx512, Level::Neon]
         .into_iter()
@@ -165,7 +72,7 @@ fn close_to_the_f64_reference_on_every_level() {
         let want = reference(&case);
         let baseline = sequential(&case);
         for cpu in levels(&Cpu::with_threads(2)) {
-            let got = case.run(&cpu, false);
+            let got = run(&case, &cpu, false);
             for (i, factor) in [2.0, 3.0, 3.0, 3.0].into_iter().enumerate() {
                 let error = worst(&got.0[i], &want.0[i]);
                 let allowed = factor * worst(&baseline.0[i], &want.0[i]) + 2e-7;
@@ -215,7 +122,7 @@ fn bf16_weights_give_the_bits_of_f32_weights() {
     for (seed, shape) in SHAPES.into_iter().enumerate() {
         let case = Case::new(shape, seed as u64);
         for cpu in levels(&Cpu::with_threads(2)) {
-            assert!(case.run(&cpu, true).bits() == case.run(&cpu, false).bits());
+            assert!(run(&case, &cpu, true).bits() == run(&case, &cpu, false).bits());
         }
     }
 }
@@ -224,9 +131,9 @@ fn bf16_weights_give_the_bits_of_f32_weights() {
 fn runs_and_thread_counts_give_the_same_bits() {
     for (seed, shape) in SHAPES.into_iter().enumerate() {
         let case = Case::new(shape, seed as u64);
-        let want = case.run(&Cpu::with_threads(1), true).bits();
+        let want = run(&case, &Cpu::with_threads(1), true).bits();
         for threads in [1, 2, 5] {
-            let got = case.run(&Cpu::with_threads(threads), true).bits();
+            let got = run(&case, &Cpu::with_threads(threads), true).bits();
             assert!(got == want, "{threads} threads, {shape:?}");
         }
     }
@@ -239,14 +146,14 @@ fn a_row_does_not_depend_on_its_batch() {
             // Sizes around every tile's height and the switch to widened panels.
             let rows = 25;
             let case = Case::new((rows, 1111, 101), 60);
-            let all = case.run(&cpu, half);
+            let all = run(&case, &cpu, half);
             for (first, count) in [(0, 1), (24, 1), (3, 2), (5, 3), (8, 8), (2, 9), (6, 15)] {
                 let mut part = Case::new((count, 1111, 101), 60);
                 part.w.clone_from(&case.w);
                 part.bias.clone_from(&case.bias);
                 part.x = case.x[first * 1111..][..count * 1111].to_vec();
                 part.dy = case.dy[first * 101..][..count * 101].to_vec();
-                let part = part.run(&cpu, half).bits();
+                let part = run(&part, &cpu, half).bits();
                 let all = all.bits();
                 assert!(part[0][..] == all[0][first * 101..][..count * 101]);
                 assert!(part[1][..] == all[1][first * 1111..][..count * 1111]);
@@ -349,7 +256,7 @@ proptest! {
         let case = Case::new((rows, inputs, outputs), seed);
         let want = reference(&case);
         for cpu in levels(&Cpu::with_threads(2)) {
-            let got = case.run(&cpu, true);
+            let got = run(&case, &cpu, true);
             for i in 0..4 {
                 prop_assert!(worst(&got.0[i], &want.0[i]) < 1e-4);
             }

@@ -13,15 +13,17 @@
 
 use super::gemm::dot::Dots;
 use super::gemm::outer::Product;
-use super::gemm::{self, Stored, check_matrix, with_weight};
+use super::gemm::{self, Stored, with_weight};
 use super::pool::SharedMut;
 use super::scratch::Scratch;
 use super::simd::{Kernel, Level, Simd};
 use super::{Cpu, CpuBuf};
-use crate::error::{check_indices, check_len};
+use crate::error::check_indices;
 use crate::gemm::LinearShape;
-use crate::logprob::{HeadShape, Logprob};
-use crate::{Error, Result, Weight};
+use crate::logprob::{
+    HeadShape, Logprob, check_logits, check_logprob, check_logprob_backward, inverse_temperature,
+};
+use crate::{Result, Weight};
 
 /// Logits that one state reduces.
 pub(crate) const BLOCK: usize = 512;
@@ -193,18 +195,6 @@ impl Kernel for Gradient<'_> {
     }
 }
 
-/// `1 / temperature`, if both are positive and finite.
-fn inverse(op: &'static str, temperature: f32) -> Result<f32> {
-    let inverse = 1.0 / temperature;
-    if temperature > 0.0 && inverse > 0.0 && inverse.is_finite() {
-        return Ok(inverse);
-    }
-    Err(Error::invalid(
-        op,
-        format!("the temperature is {temperature}, it must be positive and finite, such as 1"),
-    ))
-}
-
 impl Cpu {
     fn head_forward<W: Stored>(
         &self,
@@ -348,20 +338,6 @@ impl Cpu {
     }
 }
 
-/// Refuses what forward and backward have in common.
-fn check(
-    op: &'static str,
-    shape: HeadShape,
-    x: usize,
-    head: usize,
-    targets: &CpuBuf<u32>,
-) -> Result<()> {
-    check_matrix(op, "x", x, shape.rows, shape.hidden)?;
-    check_matrix(op, "head", head, shape.vocab, shape.hidden)?;
-    check_len(op, "targets", targets.len(), shape.rows)?;
-    check_indices(op, "targets", &targets[..shape.rows], shape.vocab)
-}
-
 impl Logprob for Cpu {
     fn logprob(
         &self,
@@ -375,11 +351,10 @@ impl Logprob for Cpu {
         entropy: &mut CpuBuf<f32>,
     ) -> Result<()> {
         const OP: &str = "logprob";
-        let inverse = inverse(OP, temperature)?;
-        check(OP, shape, x.len(), head.len(), targets)?;
-        check_len(OP, "logprob", logprob.len(), shape.rows)?;
-        check_len(OP, "lse", lse.len(), shape.rows)?;
-        check_len(OP, "entropy", entropy.len(), shape.rows)?;
+        let inverse = inverse_temperature(OP, temperature)?;
+        let inputs = [x.len(), head.len(), targets.len()];
+        check_logprob(shape, inputs, [logprob.len(), lse.len(), entropy.len()])?;
+        check_indices(OP, "targets", &targets[..shape.rows], shape.vocab)?;
         if shape.rows > 0 {
             with_weight!(head, |head| self.head_forward(
                 shape, inverse, x, head, targets, logprob, lse, entropy
@@ -401,14 +376,12 @@ impl Logprob for Cpu {
         dhead: Option<&mut CpuBuf<f32>>,
     ) -> Result<()> {
         const OP: &str = "logprob_backward";
-        let inverse = inverse(OP, temperature)?;
-        check(OP, shape, x.len(), head.len(), targets)?;
-        check_len(OP, "lse", lse.len(), shape.rows)?;
-        check_len(OP, "dlogprob", dlogprob.len(), shape.rows)?;
-        check_matrix(OP, "dx", dx.len(), shape.rows, shape.hidden)?;
-        if let Some(dhead) = &dhead {
-            check_matrix(OP, "dhead", dhead.len(), shape.vocab, shape.hidden)?;
-        }
+        let inverse = inverse_temperature(OP, temperature)?;
+        let inputs = [x.len(), head.len(), targets.len()];
+        let gradients = [lse.len(), dlogprob.len(), dx.len()];
+        let dhead_len = dhead.as_deref().map(|d| d.len());
+        check_logprob_backward(shape, inputs, gradients, dhead_len)?;
+        check_indices(OP, "targets", &targets[..shape.rows], shape.vocab)?;
         let dhead = dhead.map(|d| &mut d[..]);
         with_weight!(head, |head| self.head_backward(
             shape, inverse, x, head, targets, lse, dlogprob, dx, dhead
@@ -423,10 +396,7 @@ impl Logprob for Cpu {
         head: Weight<'_, Self>,
         logits: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "logits";
-        check_matrix(OP, "x", x.len(), shape.rows, shape.hidden)?;
-        check_matrix(OP, "head", head.len(), shape.vocab, shape.hidden)?;
-        check_matrix(OP, "logits", logits.len(), shape.rows, shape.vocab)?;
+        check_logits(shape, x.len(), head.len(), logits.len())?;
         let shape = LinearShape {
             rows: shape.rows,
             inputs: shape.hidden,

@@ -10,8 +10,7 @@ use super::logprob::BLOCK;
 use super::pool::SharedMut;
 use super::simd::Level;
 use crate::Result;
-use crate::error::check_len;
-use crate::sampling::{RowSampling, Sampling};
+use crate::sampling::{RowSampling, Sampling, check_sample};
 use softmax::{Row, mass};
 
 /// What a row becomes.
@@ -118,12 +117,8 @@ impl Sampling for Cpu {
         logprob: &mut Self::Buf<f32>,
         kept: &mut Self::Buf<f32>,
     ) -> Result<()> {
-        let op = "sample";
-        check_len(op, "logits", logits.len(), rows.saturating_mul(vocab))?;
-        check_len(op, "params", params.len(), rows)?;
-        check_len(op, "tokens", tokens.len(), rows)?;
-        check_len(op, "logprob", logprob.len(), rows)?;
-        check_len(op, "kept", kept.len(), rows)?;
+        let outputs = [tokens.len(), logprob.len(), kept.len()];
+        check_sample(rows, vocab, [logits.len(), params.len()], outputs)?;
         let (logprob, kept) = (SharedMut::new(logprob), SharedMut::new(kept));
         self.pool.chunks_mut(&mut tokens[..rows], 1, |r, token| {
             let sample = sample_row(self.level, &logits[r * vocab..][..vocab], &params[r]);

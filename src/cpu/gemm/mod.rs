@@ -6,9 +6,10 @@ pub(crate) mod outer;
 use super::pool::SharedMut;
 use super::simd::Simd;
 use super::{Cpu, CpuBuf};
-use crate::error::check_len;
-use crate::gemm::{Gemm, LinearShape};
-use crate::{Element, Error, Result, Weight};
+use crate::gemm::{
+    Gemm, LinearShape, check_linear, check_linear_dbias, check_linear_dw, check_linear_dx,
+};
+use crate::{Element, Result, Weight};
 use dot::{Dots, PANEL};
 use half::bf16;
 use outer::Product;
@@ -77,23 +78,6 @@ macro_rules! with_weight {
 }
 pub(crate) use with_weight;
 
-/// Refuses a matrix buffer that holds fewer than `rows * columns` elements.
-pub(crate) fn check_matrix(
-    op: &'static str,
-    name: &'static str,
-    len: usize,
-    rows: usize,
-    columns: usize,
-) -> Result<()> {
-    let needed = rows.checked_mul(columns).ok_or_else(|| {
-        Error::invalid(
-            op,
-            format!("`{name}` of {rows} x {columns} elements is larger than memory"),
-        )
-    })?;
-    check_len(op, name, len, needed)
-}
-
 /// `y = x wᵀ + bias` on all threads; the buffers have been checked.
 pub(crate) fn forward<W: Stored>(
     cpu: &Cpu,
@@ -134,13 +118,7 @@ impl Gemm for Cpu {
         bias: Option<&CpuBuf<f32>>,
         y: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "linear";
-        check_matrix(OP, "x", x.len(), shape.rows, shape.inputs)?;
-        check_matrix(OP, "w", w.len(), shape.outputs, shape.inputs)?;
-        check_matrix(OP, "y", y.len(), shape.rows, shape.outputs)?;
-        if let Some(bias) = bias {
-            check_len(OP, "bias", bias.len(), shape.outputs)?;
-        }
+        check_linear(shape, x.len(), w.len(), bias.map(|b| b.len()), y.len())?;
         let bias = bias.map(|b| &b[..]);
         with_weight!(w, |w| forward(self, shape, x, w, bias, y));
         Ok(())
@@ -153,10 +131,7 @@ impl Gemm for Cpu {
         w: Weight<'_, Self>,
         dx: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "linear_dx";
-        check_matrix(OP, "dy", dy.len(), shape.rows, shape.outputs)?;
-        check_matrix(OP, "w", w.len(), shape.outputs, shape.inputs)?;
-        check_matrix(OP, "dx", dx.len(), shape.rows, shape.inputs)?;
+        check_linear_dx(shape, dy.len(), w.len(), dx.len())?;
         with_weight!(w, |w| Product {
             a: dy,
             a_row: shape.outputs,
@@ -178,10 +153,7 @@ impl Gemm for Cpu {
         dy: &CpuBuf<f32>,
         dw: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "linear_dw";
-        check_matrix(OP, "x", x.len(), shape.rows, shape.inputs)?;
-        check_matrix(OP, "dy", dy.len(), shape.rows, shape.outputs)?;
-        check_matrix(OP, "dw", dw.len(), shape.outputs, shape.inputs)?;
+        check_linear_dw(shape, x.len(), dy.len(), dw.len())?;
         Product {
             a: dy,
             a_row: 1,
@@ -202,11 +174,9 @@ impl Gemm for Cpu {
         dy: &CpuBuf<f32>,
         dbias: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "linear_dbias";
         /// Columns of a task: a cache line of each row.
         const COLUMNS: usize = 16;
-        check_matrix(OP, "dy", dy.len(), shape.rows, shape.outputs)?;
-        check_len(OP, "dbias", dbias.len(), shape.outputs)?;
+        check_linear_dbias(shape, dy.len(), dbias.len())?;
         let dbias = &mut dbias[..shape.outputs];
         self.pool.chunks_mut(dbias, COLUMNS, |task, dbias| {
             let mut sum = [0.0f32; COLUMNS];

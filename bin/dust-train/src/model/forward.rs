@@ -39,29 +39,23 @@ impl<B: Backend> Model<B> {
     /// More rows than the workspace has room for, a position that is too large, a token outside of
     /// the vocabulary.
     pub fn forward(&self, device: &B, ws: &mut Workspace<B>, batch: &Batch) -> Result<()> {
-        self.run(
-            device,
-            ws,
-            &batch.tokens,
-            &batch.positions,
-            &mut Attend::Packed(&batch.segments),
-        )
+        self.set_rows(device, ws, &batch.tokens, &batch.positions)?;
+        let attend = &mut Attend::Packed(&batch.segments);
+        self.run(device, ws, batch.rows(), attend)
     }
 
-    /// Runs `tokens` at `positions`, attending as `attend` says.
+    /// Puts the rows of the next [`Model::run`] into the workspace.
     ///
     /// # Errors
     /// As [`Model::forward`].
-    pub fn run(
+    pub fn set_rows(
         &self,
         device: &B,
         ws: &mut Workspace<B>,
         tokens: &[u32],
         positions: &[u32],
-        attend: &mut Attend<'_, B>,
     ) -> Result<()> {
-        let rows = tokens.len();
-        ws.check_rows(rows)?;
+        ws.check_rows(tokens.len())?;
         if let Some(&p) = positions.iter().max() {
             ensure!(
                 (p as usize) < self.max_positions(),
@@ -72,6 +66,22 @@ impl<B: Backend> Model<B> {
         }
         device.write(&mut ws.tokens, 0, tokens)?;
         device.write(&mut ws.positions, 0, positions)?;
+        Ok(())
+    }
+
+    /// Runs the first `rows` rows that were set, attending as `attend` says. Reads and writes device
+    /// memory alone, so that a paged pass can be recorded.
+    ///
+    /// # Errors
+    /// More rows than the workspace has room for; what the device reports.
+    pub fn run(
+        &self,
+        device: &B,
+        ws: &mut Workspace<B>,
+        rows: usize,
+        attend: &mut Attend<'_, B>,
+    ) -> Result<()> {
+        ws.check_rows(rows)?;
         let hidden = self.config.hidden;
         let shape = NormShape {
             rows,
