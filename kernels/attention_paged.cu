@@ -183,8 +183,14 @@ __device__ __forceinline__ void merge(const Paged& call) {
     const float* values = call.values + index * D + lane * HELD;
     float value[HELD] = {};
     float max = -INFINITY, sum = 0.0f;
+    float2 held = {};
     for (int chunk = 0; chunk < chunks; chunk++) {
-        const Merge merge(max, sum, sums[chunk].x, sums[chunk].y, true);
+        // A lane loads the maximum and sum of every 32nd chunk, for the warp.
+        const int from = chunk % WARP;
+        if (from == 0 && chunk + lane < chunks) held = sums[chunk + lane];
+        const float chunk_max = __shfl_sync(0xffffffff, held.x, from);
+        const float chunk_sum = __shfl_sync(0xffffffff, held.y, from);
+        const Merge merge(max, sum, chunk_max, chunk_sum, true);
 #pragma unroll
         for (int i = 0; i < HELD; i += 2) {
             const float2 fresh = *reinterpret_cast<const float2*>(values + chunk * D + i);
