@@ -1,5 +1,6 @@
 # make demo         DuST end to end on a real model, on the CPU (report in runs/demo/report.html)
 # make test         everything that must hold; what continuous integration runs
+# make test-cust    the part of it that needs cust, linked to the emulator as libcuda
 # make bench        the kernels' benchmarks (criterion)
 # make bench-peers  beside llama.cpp and PyTorch, which it sets up itself
 # make ptx          the kernels' PTX, as target/ptx/<operation>.<architecture>.ptx
@@ -16,7 +17,7 @@ ifeq ($(strip $(DUST_NVCC)$(CUDA_HOME)$(shell command -v nvcc)),)
 NVCC := $(TOOLCHAIN)
 endif
 
-.PHONY: demo test bench bench-peers ptx toolchain model humaneval
+.PHONY: demo test test-cust bench bench-peers ptx toolchain model humaneval
 
 demo: $(MODEL) $(NVCC)
 	cargo build --release --package dust-train
@@ -30,6 +31,20 @@ test: $(MODEL) $(HUMANEVAL) $(TOOLCHAIN)
 	cargo clippy --package dust-kernels --no-default-features --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 	cargo test --workspace
+	$(MAKE) test-cust
+
+# cust wants a CUDA installation at build time, and its program libcuda.so at its start.
+test-cust: export DUST_NVCC = $(CURDIR)/.toolchain/nvidia/cu13/bin/nvcc
+test-cust: export CUDA_LIBRARY_PATH = $(CURDIR)/target/emulated-cuda
+test-cust: export LD_LIBRARY_PATH := $(CURDIR)/target/emulated-cuda/lib64$(if $(LD_LIBRARY_PATH),:$(LD_LIBRARY_PATH))
+test-cust: export CUDA_EMULATOR_LIBRARY = $(CURDIR)/target/emulated-cuda/lib64/libcuda.so
+test-cust: $(TOOLCHAIN)
+	cargo build --package cuda-emulator --lib
+	mkdir -p target/emulated-cuda/lib64
+	cp target/debug/libcuda_emulator.so target/emulated-cuda/lib64/libcuda.so
+	cargo clippy --package dust-kernels --features cust --test cust -- -D warnings
+	cargo test --package dust-kernels --features cust --test cust
+	cargo test --package dust-kernels --features cust --doc cuda::cust
 
 bench: $(NVCC)
 	cargo bench --package dust-kernels

@@ -182,6 +182,8 @@ impl Job {
         let here = format!("\"{}/", root.display());
         let text: String = read(&self.ptx)?
             .lines()
+            // A hint for tools that check memory, unknown to that version.
+            .filter(|line| !line.trim_start().starts_with(".pragma \"used_bytes_mask"))
             .map(|line| match line.strip_prefix(".version ") {
                 Some(_) => format!(".version {version}\n"),
                 // Absolute paths would make the text differ from machine to machine.

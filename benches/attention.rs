@@ -4,7 +4,7 @@
 //! backward pass counts 5 products to the forward's 2), in bytes of cache read for decode.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
 use dust_kernels::{Cpu, Device};
 
 const HEADS: Heads = Heads {
@@ -85,12 +85,18 @@ fn decode(c: &mut Criterion) {
                     first_page: (i * per_sequence) as u32,
                 })
                 .collect();
+            let sequences = PagedBatch {
+                sequences: &cpu.upload(&sequences)?,
+                count: batch,
+                rows: batch,
+                max_q_len: 1,
+                max_context: context,
+                pages: &table,
+            };
             let bytes = batch * context * 2 * HEADS.kv_width() * size_of::<f32>();
             group.throughput(Throughput::Bytes(bytes as u64));
             group.bench_function(format!("{batch}x{context}"), |b| {
-                b.iter(|| {
-                    cpu.attention_paged(HEADS, SCALE, &sequences, &table, &qkv, &k, &v, &mut out)
-                })
+                b.iter(|| cpu.attention_paged(HEADS, SCALE, sequences, &qkv, &k, &v, &mut out))
             });
             Ok(())
         };

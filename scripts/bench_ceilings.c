@@ -13,23 +13,26 @@
 typedef float vec __attribute__((vector_size(LANES * 4)));
 
 // Twelve independent sums hide the latency of the multiply-add (4 cycles x 2 units = 8 in flight).
+// Each has a name of its own: an array would be kept in memory.
+#define EACH(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5) DO(6) DO(7) DO(8) DO(9) DO(10) DO(11)
+
 static double fma_gflops(void) {
     const long rounds = 40000000;
     float sink = 0;
     double start = omp_get_wtime();
 #pragma omp parallel reduction(+ : sink)
     {
-        vec sum[12], a, b;
+        vec a, b;
         for (int l = 0; l < LANES; l++) a[l] = 0.999f + 1e-6f * omp_get_thread_num(), b[l] = 1e-3f;
-        for (int i = 0; i < 12; i++) sum[i] = a * (float)i;
+#define START(i) vec sum##i = a * (float)i;
+        EACH(START)
         for (long r = 0; r < rounds; r++) {
-#pragma GCC unroll 12
-            for (int i = 0; i < 12; i++) {
-                sum[i] = sum[i] * a + b;
-                __asm__ volatile("" : "+x"(sum[i]));  // keep it in a register, unfolded
-            }
+            // The empty statement keeps the compiler from folding the loop.
+#define STEP(i) sum##i = sum##i * a + b; __asm__ volatile("" : "+x"(sum##i));
+            EACH(STEP)
         }
-        for (int i = 0; i < 12; i++) sink += sum[i][0];
+#define FINISH(i) sink += sum##i[0];
+        EACH(FINISH)
     }
     double seconds = omp_get_wtime() - start;
     if (sink == 42) puts("");

@@ -12,8 +12,9 @@ drifts of the machine hit all alike:
   1, 8 and 16 sequences in parallel, each after 128 tokens of context, 32 steps, greedy;
 - PyTorch + transformers, f32: prefill of 512; a training step (forward, cross-entropy, backward,
   AdamW) on 4 x 512 tokens;
-- `dust-train bench --model MODEL --json`, which prints {"prefill_512": tok/s, "decode_1": ...,
-  "decode_8": ..., "decode_16": ..., "train_4x512": ..., "dtype": ...}; what it lacks shows as "-".
+- `dust-train bench --model MODEL --dtype f32|bf16 --json`, which prints {"prefill_512": tok/s,
+  "decode_1": ..., "decode_8": ..., "decode_16": ..., "train_4x512": ...}. Its training step keeps
+  f32 master weights and f32 arithmetic in both formats.
 
 The medians and every single figure go to target/bench-peers.json, a Markdown table to the
 screen. The ceilings (f32 multiply-add peak, memory reads) are measured in each round as well.
@@ -39,6 +40,7 @@ WORK = ROOT / "target/bench-peers"
 LLAMA = "llama-cpp-python==0.3.36"
 TORCH = ["torch==2.15.0", "transformers==5.24.0", "gguf==0.19.0", "accelerate"]
 CONTEXT, DECODE_STEPS, PREFILL, TRAIN_SEQUENCES = 128, 32, 512, 4
+OURS = ["dust-train f32", "dust-train bf16"]
 LINES = ["prefill_512", "decode_1", "decode_8", "decode_16", "train_4x512"]
 
 
@@ -93,6 +95,8 @@ def llama_convert(source, target, dtype):
     """llama.cpp's own converter, from whatever the source holds."""
     import llama_cpp
 
+    quiet = llama_cpp.llama_log_callback(lambda *_: None)
+    llama_cpp.llama_log_set(quiet, None)
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = {"f16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16, "bf16": 32}[dtype]
     params.allow_requantize = True
@@ -233,24 +237,22 @@ def table(report):
     def number(x):
         return "-" if x is None else f"{x:.0f}"
 
-    peers = [p for p in report["median"] if p not in ("ceilings", "dust-train")]
-    ceilings, ours = report["median"]["ceilings"], report["median"]["dust-train"]
-    dtype = f" ({report['dtype']})" if report.get("dtype") else ""
+    peers = [p for p in report["median"] if p != "ceilings" and p not in OURS]
+    ceilings = report["median"]["ceilings"]
     rows = [
         f"{report['date']}, {report['cpu']}, {report['threads']} threads, "
         f"{Path(report['model']).name}, medians of {report['rounds']} rounds; "
         f"ceilings {number(ceilings['fma_gflops'])} GFLOP/s f32, {number(ceilings['read_gbs'])} GB/s",
         f"`{report['command']}`",
         "",
-        f"| tokens/s | dust-train{dtype} | {' | '.join(peers)} | ours / best peer |",
-        "|---" * (len(peers) + 3) + "|",
+        f"| tokens/s | {' | '.join([*OURS, *peers])} | ours / best peer |",
+        "|---" * (len(OURS) + len(peers) + 2) + "|",
     ]
     for line in LINES:
-        values = [report["median"][p].get(line) for p in peers]
-        best = max((v for v in values if v), default=None)
-        own = ours.get(line)
+        ours, theirs = ([report["median"][who].get(line) for who in group] for group in (OURS, peers))
+        own, best = (max((v for v in values if v), default=None) for values in (ours, theirs))
         ratio = f"{own / best:.2f}" if own and best else "-"
-        rows.append(f"| {line} | {number(own)} | {' | '.join(map(number, values))} | {ratio} |")
+        rows.append(f"| {line} | {' | '.join(map(number, [*ours, *theirs]))} | {ratio} |")
     return "\n".join(rows)
 
 
@@ -294,7 +296,7 @@ def main():
 
     commands = {
         "ceilings": [WORK / "ceilings"],
-        "dust-train": [ROOT / args.ours, "bench", "--model", model, "--json"],
+        **{who: [ROOT / args.ours, "bench", "--model", model, "--dtype", who.split()[1], "--json"] for who in OURS},
         "llama.cpp f16": [*child, "--model", converted["f16"], "--peer", "llama"],
         "llama.cpp bf16": [*child, "--model", converted["bf16"], "--peer", "llama"],
         "torch f32": [*child, "--model", converted["torch"], "--peer", "torch"],
@@ -304,11 +306,11 @@ def main():
         figures = {}
         for who, command in commands.items():
             say(f"round {i + 1} of {args.rounds}: {who}")
-            if who == "dust-train" and not Path(command[0]).is_file():
+            if who in OURS and not Path(command[0]).is_file():
                 say(f"  no figures: {args.ours} is not built (cargo build --release)")
                 figures[who] = {}
                 continue
-            figures[who] = run_json(command, args.threads, optional=who == "dust-train")
+            figures[who] = run_json(command, args.threads, optional=who in OURS)
             shown = ", ".join(f"{k} {v}" if isinstance(v, str) else f"{k} {v:.1f}"
                               for k, v in figures[who].items() if isinstance(v, (str, int, float)))  # fmt: skip
             say(f"  {shown}")
@@ -321,7 +323,6 @@ def main():
         "model": str(args.model),
         "command": shlex.join(["python3", os.path.relpath(__file__), *sys.argv[1:]]),
         "rounds": args.rounds,
-        "dtype": rounds[-1]["dust-train"].get("dtype"),
         "median": {
             who: {key: median(rounds, who, key) for key in
                   (["fma_gflops", "read_gbs"] if who == "ceilings" else LINES)}

@@ -1,7 +1,8 @@
 //! AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) with f32 master weights and moments, and the
 //! global gradient norm, all on the device.
 
-use crate::{Device, Result};
+use crate::error::check_len;
+use crate::{Device, Error, Result};
 use half::bf16;
 
 /// One step's settings.
@@ -108,4 +109,78 @@ pub trait AdamW: Device {
         norm: &mut Self::Buf<f32>,
         scale: &mut Self::Buf<f32>,
     ) -> Result<()>;
+}
+
+/// What [`AdamW::adamw`] asks of its arguments; the lengths in their order.
+pub(crate) fn check_adamw(
+    config: &AdamWConfig,
+    len: usize,
+    [scale, grad, param, m, v]: [usize; 5],
+    copy: Option<usize>,
+) -> Result<()> {
+    const OP: &str = "adamw";
+    check_len(OP, "scale", scale, 1)?;
+    check_len(OP, "grad", grad, len)?;
+    check_len(OP, "param", param, len)?;
+    check_len(OP, "m", m, len)?;
+    check_len(OP, "v", v, len)?;
+    if let Some(copy) = copy {
+        check_len(OP, "copy", copy, len)?;
+    }
+    config.check()
+}
+
+impl AdamWConfig {
+    /// The rules of the settings themselves.
+    pub(crate) fn check(&self) -> Result<()> {
+        const OP: &str = "adamw";
+        if self.step == 0 {
+            return Err(Error::invalid(OP, "`step` is 0, steps count from 1"));
+        }
+        for (name, beta) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&beta) {
+                return Err(Error::invalid(
+                    OP,
+                    format!("`{name}` is {beta}, it must be at least 0 and below 1"),
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// `1 / (1 - beta^step)` of both moments, made in f64.
+    pub(crate) fn corrections(&self) -> [f32; 2] {
+        [self.beta1, self.beta2]
+            .map(|beta| (1.0 / (1.0 - f64::from(beta).powf(f64::from(self.step)))) as f32)
+    }
+}
+
+/// What [`AdamW::clip_scale`] asks of its arguments; the lengths in their order.
+pub(crate) fn check_clip_scale(
+    sums: usize,
+    max_norm: f32,
+    [squares, norm, scale]: [usize; 3],
+) -> Result<()> {
+    const OP: &str = "clip_scale";
+    check_len(OP, "squares", squares, sums)?;
+    check_len(OP, "norm", norm, 1)?;
+    check_len(OP, "scale", scale, 1)?;
+    check_max_norm(max_norm)
+}
+
+/// The rule of a largest norm.
+pub(crate) fn check_max_norm(max_norm: f32) -> Result<()> {
+    if max_norm.is_nan() || max_norm <= 0.0 {
+        return Err(Error::invalid(
+            "clip_scale",
+            format!("`max_norm` is {max_norm}, it must be positive"),
+        ));
+    }
+    Ok(())
+}
+
+/// The lengths that [`AdamW::sum_of_squares`] needs.
+pub(crate) fn check_sum_of_squares(len: usize, x: usize, out: usize, index: usize) -> Result<()> {
+    check_len("sum_of_squares", "x", x, len)?;
+    check_len("sum_of_squares", "out", out, index.saturating_add(1))
 }

@@ -6,6 +6,12 @@
 //! states are merged left to right. Prefill, decode from pages, shared prefixes and training all
 //! follow it, so that a token's output has the same bits on every path.
 
+mod check;
+
+pub(crate) use check::{
+    check_attention, check_attention_backward, check_cache_write, check_disjoint, check_paged,
+};
+
 use crate::{Device, Error, Result};
 
 /// Keys of one chunk of the canonical reduction, and tokens of a page of the key/value cache.
@@ -96,6 +102,31 @@ pub struct PagedSequence {
     pub first_page: u32,
 }
 
+/// The sequences of a paged call. They lie in device memory, and the figures beside them fix the
+/// size of the launch: a recorded call serves every step whose sequences keep within the bounds.
+pub struct PagedBatch<'a, D: Device> {
+    /// The sequences, in any order; those without queries take no part.
+    pub sequences: &'a D::Buf<PagedSequence>,
+    /// How many there are.
+    pub count: usize,
+    /// Packed rows of queries and outputs; no sequence's queries go beyond.
+    pub rows: usize,
+    /// At least every sequence's `q_len`.
+    pub max_q_len: usize,
+    /// At least every sequence's `context`.
+    pub max_context: usize,
+    /// The page numbers of all sequences.
+    pub pages: &'a D::Buf<u32>,
+}
+
+impl<D: Device> Clone for PagedBatch<'_, D> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<D: Device> Copy for PagedBatch<'_, D> {}
+
 /// Attention, for training (packed) and rollout (paged).
 pub trait Attention: Device {
     /// Causal attention of every segment over its prefix and itself.
@@ -156,14 +187,16 @@ pub trait Attention: Device {
     /// Causal attention of every sequence's query rows over its pages, in one call for prefill and
     /// decode alike. The queries are read from `qkv`, keys and values from the cache only.
     ///
+    /// No two sequences may have a query row in common.
+    ///
     /// # Errors
-    /// Short buffers, a page outside of the cache, `q_len > context`.
+    /// Short buffers, a page outside of the cache, `q_len > context`, a sequence beyond the bounds
+    /// of `batch`.
     fn attention_paged(
         &self,
         heads: Heads,
         scale: f32,
-        sequences: &[PagedSequence],
-        pages: &Self::Buf<u32>,
+        batch: PagedBatch<'_, Self>,
         qkv: &Self::Buf<Self::Elem>,
         k_cache: &Self::Buf<Self::Elem>,
         v_cache: &Self::Buf<Self::Elem>,

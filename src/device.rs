@@ -52,6 +52,8 @@ pub trait Device: Send + Sync + Sized {
     type Elem: Float;
     /// A buffer of `T`.
     type Buf<T: Element>: Buffer<T>;
+    /// Operations that were recorded, to be run again with one call.
+    type Graph;
 
     /// The device's name for people.
     fn name(&self) -> String;
@@ -104,6 +106,29 @@ pub trait Device: Send + Sync + Sized {
     /// # Errors
     /// Only what the device reports.
     fn fill_zero<T: Element>(&self, dst: &mut Self::Buf<T>) -> Result<()>;
+
+    /// Records the operations that `body` calls. Devices that start every operation on its own run
+    /// them instead and return `None`.
+    ///
+    /// The same operations must have run once before, with sizes at least as large. `body` must not
+    /// make, read or write buffers from the host.
+    ///
+    /// # Errors
+    /// Those of `body`, and what the device reports.
+    fn record<E: From<crate::Error>>(
+        &self,
+        body: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<Self::Graph>, E>;
+
+    /// Runs recorded operations again, on the buffers of then with their content of now.
+    ///
+    /// # Errors
+    /// What the device reports.
+    ///
+    /// # Safety
+    /// Every buffer that the recorded operations used is alive, and the graph was recorded by this
+    /// device.
+    unsafe fn replay(&self, graph: &Self::Graph) -> Result<()>;
 
     /// A new buffer with the elements of `host`.
     ///

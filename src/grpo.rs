@@ -2,7 +2,8 @@
 //! group, the clipped surrogate with its variants, KL estimators, and the gradient with respect to
 //! the log-probabilities.
 
-use crate::{Device, Result};
+use crate::error::check_len;
+use crate::{Device, Error, Result};
 
 /// How rewards of a group become advantages.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -174,4 +175,69 @@ pub trait Grpo: Device {
         dlogprob: &mut Self::Buf<f32>,
         stats: &mut Self::Buf<SequenceStats>,
     ) -> Result<()>;
+}
+
+impl GrpoConfig {
+    /// The rules of the settings themselves.
+    pub(crate) fn check(&self, has_reference: bool) -> Result<()> {
+        let refuse = |rule: String| Err(Error::invalid("grpo_loss", rule));
+        for (name, clip) in [("clip_low", self.clip_low), ("clip_high", self.clip_high)] {
+            if clip.is_nan() || clip < 0.0 {
+                return refuse(format!("`{name}` is {clip}, it must be at least 0"));
+            }
+        }
+        if let Some(dual) = self.dual_clip
+            && (dual.is_nan() || dual <= 1.0)
+        {
+            return refuse(format!("`dual_clip` is {dual}, it must be above 1"));
+        }
+        if !self.kl_coef.is_finite() {
+            return refuse(format!("`kl_coef` is {}, it must be finite", self.kl_coef));
+        }
+        if self.kl_coef != 0.0 && !has_reference {
+            return refuse(format!("`kl_coef` is {} without a reference", self.kl_coef));
+        }
+        Ok(())
+    }
+}
+
+/// The lengths that [`Grpo::advantages`] needs; gives the number of rewards.
+pub(crate) fn check_advantages(
+    groups: usize,
+    group_size: usize,
+    rewards: usize,
+    advantages: usize,
+) -> Result<usize> {
+    const OP: &str = "advantages";
+    if group_size == 0 {
+        return Err(Error::invalid(OP, "`group_size` is 0"));
+    }
+    let len = groups.saturating_mul(group_size);
+    check_len(OP, "rewards", rewards, len)?;
+    check_len(OP, "advantages", advantages, len)?;
+    Ok(len)
+}
+
+/// What [`Grpo::grpo_loss`] asks of its arguments, the offsets' values left out; the lengths in
+/// their order.
+pub(crate) fn check_grpo_loss(
+    config: &GrpoConfig,
+    sequences: usize,
+    tokens: usize,
+    [offsets, weights, advantages, new, old]: [usize; 5],
+    reference: Option<usize>,
+    [dlogprob, stats]: [usize; 2],
+) -> Result<()> {
+    const OP: &str = "grpo_loss";
+    check_len(OP, "offsets", offsets, sequences.saturating_add(1))?;
+    check_len(OP, "weights", weights, sequences)?;
+    check_len(OP, "advantages", advantages, sequences)?;
+    check_len(OP, "new", new, tokens)?;
+    check_len(OP, "old", old, tokens)?;
+    if let Some(reference) = reference {
+        check_len(OP, "reference", reference, tokens)?;
+    }
+    check_len(OP, "dlogprob", dlogprob, tokens)?;
+    check_len(OP, "stats", stats, sequences)?;
+    config.check(reference.is_some())
 }

@@ -1,6 +1,7 @@
 //! Rewards of a ranking and losses that train scores to rank.
 
-use crate::{Device, Result};
+use crate::error::check_len;
+use crate::{Device, Error, Result};
 
 /// What a ranking is rewarded for; labels are relevance, 0 or 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -56,7 +57,7 @@ pub trait Ranking: Device {
     /// `weight`.
     ///
     /// # Errors
-    /// Short buffers; an order that is no permutation.
+    /// Short buffers; an order that is no permutation; on a CUDA device more than 4096 items.
     fn plackett_luce_loss(
         &self,
         lists: usize,
@@ -73,7 +74,7 @@ pub trait Ranking: Device {
     /// without contrast has loss and gradient 0.
     ///
     /// # Errors
-    /// Short buffers.
+    /// Short buffers; on a CUDA device more than 4096 items.
     fn pairwise_logistic_loss(
         &self,
         lists: usize,
@@ -84,4 +85,49 @@ pub trait Ranking: Device {
         loss: &mut Self::Buf<f32>,
         dscores: &mut Self::Buf<f32>,
     ) -> Result<()>;
+}
+
+/// Items of the longest ranking that is rewarded.
+const MAX_ITEMS: usize = 64;
+
+/// The rule of a ranking's length.
+pub(crate) fn check_items(items: usize) -> Result<()> {
+    if (1..=MAX_ITEMS).contains(&items) {
+        return Ok(());
+    }
+    Err(Error::invalid(
+        "ranking_reward",
+        format!("`items` is {items}, it must be 1 to {MAX_ITEMS}"),
+    ))
+}
+
+/// What [`Ranking::ranking_reward`] asks of its arguments; the lengths in their order.
+pub(crate) fn check_ranking_reward(
+    rankings: usize,
+    items: usize,
+    [order, labels, rewards]: [usize; 3],
+) -> Result<()> {
+    const OP: &str = "ranking_reward";
+    check_items(items)?;
+    let len = rankings.saturating_mul(items);
+    check_len(OP, "order", order, len)?;
+    check_len(OP, "labels", labels, len)?;
+    check_len(OP, "rewards", rewards, rankings)
+}
+
+/// The lengths that a loss of `lists` lists needs; `target` is the name and length of what the
+/// scores are held against.
+pub(crate) fn check_list_loss(
+    op: &'static str,
+    lists: usize,
+    items: usize,
+    scores: usize,
+    target: (&'static str, usize),
+    [loss, dscores]: [usize; 2],
+) -> Result<()> {
+    let len = lists.saturating_mul(items);
+    check_len(op, "scores", scores, len)?;
+    check_len(op, target.0, target.1, len)?;
+    check_len(op, "loss", loss, lists)?;
+    check_len(op, "dscores", dscores, len)
 }

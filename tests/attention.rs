@@ -1,18 +1,14 @@
 //! Attention against an f64 reference, and the equality of its paths to the bit.
 
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
 use dust_kernels::cpu::{CpuBuf, Level};
 use dust_kernels::{Cpu, Device, Error, Result};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
+use reference::{Results, heads, naive_f32, naive_f64, scale, segment};
 
-const fn heads(q_heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
-    Heads {
-        q_heads,
-        kv_heads,
-        head_dim,
-    }
-}
+#[path = "reference/attention.rs"]
+mod reference;
 
 const SHAPES: [Heads; 5] = [
     heads(9, 3, 64),
@@ -22,97 +18,10 @@ const SHAPES: [Heads; 5] = [
     heads(3, 3, 20),
 ];
 
-fn segment(start: u32, len: u32, prefix_start: u32, prefix_len: u32) -> Segment {
-    Segment {
-        start,
-        len,
-        prefix_start,
-        prefix_len,
-    }
-}
-
 fn random(seed: u64, len: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     (0..len).map(|_| rng.random_range(-2.0..2.0)).collect()
 }
-
-fn scale(heads: Heads) -> f32 {
-    1.0 / (heads.head_dim as f32).sqrt()
-}
-
-/// Outputs, log-sum-exps and the gradient of `qkv`, by the definition.
-struct Results<T> {
-    out: Vec<T>,
-    lse: Vec<T>,
-    dqkv: Vec<T>,
-}
-
-macro_rules! naive {
-    ($name:ident, $t:ty) => {
-        fn $name(
-            rows: usize,
-            h: Heads,
-            segments: &[Segment],
-            qkv: &[$t],
-            dout: &[$t],
-        ) -> Results<$t> {
-            let (d, width) = (h.head_dim, h.qkv_width());
-            let scale = scale(h) as $t;
-            let mut results = Results {
-                out: vec![0.0; rows * h.out_width()],
-                lse: vec![0.0; rows * h.q_heads],
-                dqkv: vec![0.0; rows * width],
-            };
-            let dot = |a: &[$t], b: &[$t]| a.iter().zip(b).map(|(a, b)| a * b).sum::<$t>();
-            for segment in segments {
-                let start = segment.start as usize;
-                let prefix = segment.prefix_start..segment.prefix_start + segment.prefix_len;
-                for row in start..start + segment.len as usize {
-                    let keys: Vec<usize> = prefix
-                        .clone()
-                        .map(|r| r as usize)
-                        .chain(start..=row)
-                        .collect();
-                    for head in 0..h.q_heads {
-                        let q_at = row * width + head * d;
-                        let kv = head / h.group() * d;
-                        let k_at = |key: usize| key * width + h.k_offset() + kv;
-                        let v_at = |key: usize| key * width + h.v_offset() + kv;
-                        let q = &qkv[q_at..q_at + d];
-                        let scores: Vec<$t> = keys
-                            .iter()
-                            .map(|&key| scale * dot(q, &qkv[k_at(key)..][..d]))
-                            .collect();
-                        let max = scores.iter().copied().fold(<$t>::NEG_INFINITY, <$t>::max);
-                        let sum: $t = scores.iter().map(|s| (s - max).exp()).sum();
-                        let line = row * h.q_heads + head;
-                        results.lse[line] = max + sum.ln();
-                        let p: Vec<$t> = scores.iter().map(|s| (s - max).exp() / sum).collect();
-                        let out = &mut results.out[line * d..][..d];
-                        for (p, &key) in p.iter().zip(&keys) {
-                            for (out, v) in out.iter_mut().zip(&qkv[v_at(key)..][..d]) {
-                                *out += p * v;
-                            }
-                        }
-                        let dout = &dout[line * d..][..d];
-                        let delta = dot(dout, out);
-                        for (p, &key) in p.iter().zip(&keys) {
-                            let ds = scale * p * (dot(dout, &qkv[v_at(key)..][..d]) - delta);
-                            for i in 0..d {
-                                results.dqkv[q_at + i] += ds * qkv[k_at(key) + i];
-                                results.dqkv[k_at(key) + i] += ds * qkv[q_at + i];
-                                results.dqkv[v_at(key) + i] += p * dout[i];
-                            }
-                        }
-                    }
-                }
-            }
-            results
-        }
-    };
-}
-naive!(naive_f64, f64);
-naive!(naive_f32, f32);
 
 /// Both passes of the kernel, on outputs that are full of `fill` before.
 fn kernel(
@@ -180,8 +89,8 @@ fn assert_close(what: &str, got: &[f32], naive: &[f32], want: &[f64], factor: f6
 fn check_against_reference(cpu: &Cpu, rows: usize, h: Heads, segments: &[Segment]) {
     let qkv = random(1, rows * h.qkv_width());
     let dout = random(2, rows * h.out_width());
-    let want = naive_f64(rows, h, segments, &wide(&qkv), &wide(&dout));
-    let naive = naive_f32(rows, h, segments, &qkv, &dout);
+    let want = naive_f64(rows, h, segments, &wide(&qkv), &wide(&dout), |x| x);
+    let naive = naive_f32(rows, h, segments, &qkv, &dout, |x| x);
     // Rows that no segment covers stay as they are: 0, as in the reference.
     let got = kernel(cpu, rows, h, segments, &qkv, &dout, 0.0);
     let what = format!("{h:?} {}", cpu.level());
@@ -249,10 +158,10 @@ fn the_reference_gradient_agrees_with_finite_differences() {
     let qkv = wide(&random(3, rows * h.qkv_width()));
     let dout = wide(&random(4, rows * h.out_width()));
     let loss = |qkv: &[f64]| -> f64 {
-        let out = naive_f64(rows, h, &segments, qkv, &dout).out;
+        let out = naive_f64(rows, h, &segments, qkv, &dout, |x| x).out;
         out.iter().zip(&dout).map(|(a, b)| a * b).sum()
     };
-    let gradient = naive_f64(rows, h, &segments, &qkv, &dout).dqkv;
+    let gradient = naive_f64(rows, h, &segments, &qkv, &dout, |x| x).dqkv;
     for at in 0..qkv.len() {
         let step = 1e-5;
         let mut moved = qkv.clone();
@@ -390,22 +299,25 @@ impl Cache {
             }));
         }
         let rows = slots.len();
+        let (q_lens, contexts) = (
+            sequences.iter().map(|s| s.q_len as usize),
+            sequences.iter().map(|s| s.context as usize),
+        );
+        let batch = PagedBatch {
+            sequences: &cpu.upload(&sequences).unwrap(),
+            count: sequences.len(),
+            rows,
+            max_q_len: q_lens.max().unwrap_or(0),
+            max_context: contexts.max().unwrap_or(0),
+            pages: &self.pages,
+        };
         let slots = cpu.upload(&slots).unwrap();
         let qkv = cpu.upload(qkv).unwrap();
         cpu.cache_write(rows, h, &qkv, &slots, &mut self.k, &mut self.v)
             .unwrap();
         let mut out = cpu.zeros(rows * h.out_width()).unwrap();
-        cpu.attention_paged(
-            h,
-            scale(h),
-            &sequences,
-            &self.pages,
-            &qkv,
-            &self.k,
-            &self.v,
-            &mut out,
-        )
-        .unwrap();
+        cpu.attention_paged(h, scale(h), batch, &qkv, &self.k, &self.v, &mut out)
+            .unwrap();
         cpu.download(&out).unwrap()
     }
 }
@@ -578,7 +490,15 @@ fn paged_calls_refuse_what_breaks_the_rules() {
                 first_page,
             })
             .collect();
-        cpu.attention_paged(h, 1.0, &sequences, &pages, &qkv, &k, &v, &mut out)
+        let batch = PagedBatch {
+            sequences: &cpu.upload(&sequences).unwrap(),
+            count: sequences.len(),
+            rows: 3,
+            max_q_len: 2,
+            max_context: 129,
+            pages: &pages,
+        };
+        cpu.attention_paged(h, 1.0, batch, &qkv, &k, &v, &mut out)
     };
     assert_eq!(call(&[(0, 1, 128, 0), (1, 2, 3, 1), (9, 0, 0, 9)]), Ok(()));
     assert!(matches!(
@@ -598,11 +518,15 @@ fn paged_calls_refuse_what_breaks_the_rules() {
         call(&[(0, 1, 129, 1)]),
         Err(Error::TooShort { name: "pages", .. })
     ));
-    assert!(matches!(
-        call(&[(2, 2, 9, 0)]),
-        Err(Error::TooShort { name: "qkv", .. })
-    ));
-    assert!(matches!(call(&[(0, 3, 2, 0)]), Err(Error::Invalid { .. })));
+    for (bad, rule) in [
+        ((2, 2, 9, 0), "beyond the 3 rows"),
+        ((0, 3, 9, 0), "allows 2 in 129"),
+        ((0, 2, 130, 0), "allows 2 in 129"),
+        ((0, 2, 1, 0), "2 queries in a context of 1"),
+    ] {
+        let error = call(&[bad]).unwrap_err().to_string();
+        assert!(error.contains(rule), "{bad:?}: {error}");
+    }
     assert!(matches!(
         call(&[(0, 2, 2, 0), (1, 1, 2, 1)]),
         Err(Error::Invalid { .. })

@@ -1,78 +1,18 @@
 //! Ranking rewards over all orders, and ranking losses against f64 and finite differences.
 
+#[path = "reference/ranking.rs"]
+mod reference;
+
 use dust_kernels::ranking::{Ranking, RankingReward};
 use dust_kernels::{Cpu, Device, Error};
-use rand::{RngExt, SeedableRng};
-use rand_chacha::ChaCha8Rng;
-
-fn permutations(n: u32) -> Vec<Vec<u32>> {
-    if n == 0 {
-        return vec![vec![]];
-    }
-    let shorter = permutations(n - 1);
-    let insert = |p: &Vec<u32>, at: usize| {
-        let mut p = p.clone();
-        p.insert(at, n - 1);
-        p
-    };
-    shorter
-        .iter()
-        .flat_map(|p| (0..=p.len()).map(move |at| insert(p, at)))
-        .collect()
-}
-
-fn rewards(
-    cpu: &Cpu,
-    kind: RankingReward,
-    items: usize,
-    order: &[u32],
-    labels: &[f32],
-) -> Vec<f32> {
-    let rankings = order.len() / items;
-    let mut out = cpu.zeros(rankings).unwrap();
-    let (order, labels) = (cpu.upload(order).unwrap(), cpu.upload(labels).unwrap());
-    cpu.ranking_reward(rankings, items, kind, -1.0, &order, &labels, &mut out)
-        .unwrap();
-    out.to_vec()
-}
+use reference::{
+    check_all_of_four, check_list, pairwise, pairwise_f64, permutations, plackett_luce,
+    plackett_luce_f64, random, rewards, shuffled,
+};
 
 #[test]
 fn rewards_match_brute_force_over_all_orders_and_labels_of_four() {
-    let cpu = Cpu::with_threads(2);
-    let orders = permutations(4);
-    assert_eq!(orders.len(), 24);
-    for mask in 0..16u32 {
-        let labels: Vec<f32> = (0..4).map(|i| (mask >> i & 1) as f32).collect();
-        let dcg = |order: &[u32]| -> f64 {
-            (0..4)
-                .map(|r| f64::from(labels[order[r] as usize]) / ((r + 2) as f64).log2())
-                .sum()
-        };
-        let best = orders.iter().map(|o| dcg(o)).fold(0.0, f64::max);
-        for order in &orders {
-            let rank = |item: u32| order.iter().position(|&o| o == item);
-            let (mut pairs, mut right) = (0, 0);
-            for i in 0..4u32 {
-                for j in 0..4u32 {
-                    if labels[i as usize] > labels[j as usize] {
-                        pairs += 1;
-                        right += i32::from(rank(i) < rank(j));
-                    }
-                }
-            }
-            let all_or_none = if mask == 15 { 1.0 } else { 0.0 };
-            let accuracy = if pairs == 0 {
-                all_or_none
-            } else {
-                right as f32 / pairs as f32
-            };
-            let ndcg = if best == 0.0 { 0.0 } else { dcg(order) / best };
-            let one = |kind| rewards(&cpu, kind, 4, order, &labels)[0];
-            assert_eq!(one(RankingReward::PairwiseAccuracy), accuracy);
-            assert_eq!(one(RankingReward::Selection), labels[order[0] as usize]);
-            assert!((f64::from(one(RankingReward::Ndcg)) - ndcg).abs() < 1e-7);
-        }
-    }
+    check_all_of_four(&Cpu::with_threads(2));
 }
 
 #[test]
@@ -121,74 +61,6 @@ fn what_is_no_permutation_gets_the_invalid_reward_and_its_neighbours_theirs() {
     }
 }
 
-fn random(seed: u64, len: usize, range: f32) -> Vec<f32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    (0..len).map(|_| rng.random_range(-range..range)).collect()
-}
-
-fn shuffled(seed: u64, lists: usize, items: usize) -> Vec<u32> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    let mut all = Vec::new();
-    for _ in 0..lists {
-        let mut order: Vec<u32> = (0..items as u32).collect();
-        for i in (1..items).rev() {
-            order.swap(i, rng.random_range(0..=i));
-        }
-        all.extend(order);
-    }
-    all
-}
-
-/// Losses and gradients of lists.
-type Lists = (Vec<f32>, Vec<f32>);
-
-fn plackett_luce(cpu: &Cpu, items: usize, weight: f32, scores: &[f32], order: &[u32]) -> Lists {
-    let lists = scores.len() / items;
-    let (mut loss, mut d) = (cpu.zeros(lists).unwrap(), cpu.zeros(scores.len()).unwrap());
-    let (scores, order) = (cpu.upload(scores).unwrap(), cpu.upload(order).unwrap());
-    cpu.plackett_luce_loss(lists, items, weight, &scores, &order, &mut loss, &mut d)
-        .unwrap();
-    (loss.to_vec(), d.to_vec())
-}
-
-fn pairwise(cpu: &Cpu, items: usize, weight: f32, scores: &[f32], labels: &[f32]) -> Lists {
-    let lists = scores.len() / items;
-    let (mut loss, mut d) = (cpu.zeros(lists).unwrap(), cpu.zeros(scores.len()).unwrap());
-    let (scores, labels) = (cpu.upload(scores).unwrap(), cpu.upload(labels).unwrap());
-    cpu.pairwise_logistic_loss(lists, items, weight, &scores, &labels, &mut loss, &mut d)
-        .unwrap();
-    (loss.to_vec(), d.to_vec())
-}
-
-/// Loss and gradient of `list` against `loss`, an f64 reference, and its finite differences.
-fn check_list(
-    list: usize,
-    items: usize,
-    scores: &[f32],
-    got: &Lists,
-    loss: &dyn Fn(&[f64]) -> f64,
-) {
-    let range = list * items..(list + 1) * items;
-    let scores: Vec<f64> = scores[range.clone()]
-        .iter()
-        .map(|&s| f64::from(s))
-        .collect();
-    let want = loss(&scores);
-    assert!((f64::from(got.0[list]) - want).abs() < 1e-6 * (1.0 + want.abs()));
-    for (i, &got) in got.1[range].iter().enumerate() {
-        let at = |h: f64| {
-            let mut scores = scores.clone();
-            scores[i] += h;
-            loss(&scores)
-        };
-        let slope = (at(1e-5) - at(-1e-5)) / 2e-5;
-        assert!(
-            (f64::from(got) - slope).abs() < 1e-6 * (1.0 + want.abs()),
-            "{got} {slope}"
-        );
-    }
-}
-
 #[test]
 fn plackett_luce_matches_f64() {
     let cpu = Cpu::with_threads(2);
@@ -199,10 +71,7 @@ fn plackett_luce_matches_f64() {
         for list in 0..3 {
             let order = &order[list * items..][..items];
             check_list(list, items, &scores, &got, &|s| {
-                let rest = |i: usize| order[i..].iter().map(|&o| s[o as usize].exp()).sum::<f64>();
-                0.5 * (0..items)
-                    .map(|i| rest(i).ln() - s[order[i] as usize])
-                    .sum::<f64>()
+                0.5 * plackett_luce_f64(s, order)
             });
         }
         for threads in [1, 5] {
@@ -236,15 +105,7 @@ fn pairwise_logistic_matches_f64() {
         let got = pairwise(&cpu, items, 0.5, &scores, &labels);
         for list in 0..3 {
             let y = &labels[list * items..][..items];
-            check_list(list, items, &scores, &got, &|s| {
-                let all = (0..items).flat_map(|i| (0..items).map(move |j| (i, j)));
-                let pairs: Vec<_> = all.filter(|&(i, j)| y[i] > y[j]).collect();
-                let sum: f64 = pairs
-                    .iter()
-                    .map(|&(i, j)| (1.0 + (s[j] - s[i]).exp()).ln())
-                    .sum();
-                0.5 * sum / pairs.len().max(1) as f64
-            });
+            check_list(list, items, &scores, &got, &|s| 0.5 * pairwise_f64(s, y));
         }
         for threads in [1, 5] {
             assert_eq!(

@@ -1,8 +1,9 @@
 //! Estimates of how a kernel would run on a GPU: occupancy and a roofline. Both are models of
 //! limits, not predictions; nothing here has been measured on hardware.
 
-use crate::report::Counters;
+use crate::report::{Counters, LaunchReport};
 use serde::{Deserialize, Serialize};
+use std::fmt;
 
 /// Limits of a GPU, from its data sheet.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -115,5 +116,96 @@ pub fn roofline(gpu: &Gpu, counters: &Counters) -> Roofline {
         memory: 32.0 * sectors as f64 / gpu.bandwidth,
         arithmetic: counters.flops as f64 / gpu.flops,
         tensor: counters.mma_flops as f64 / gpu.tensor_flops,
+    }
+}
+
+/// What ptxas gave a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registers {
+    /// Registers of a thread.
+    pub registers: u32,
+    /// Bytes that a thread stores to local memory because registers ran out.
+    pub spill_stores: u32,
+    /// Bytes that it loads from there.
+    pub spill_loads: u32,
+}
+
+impl Registers {
+    /// Reads what `ptxas -v` said of one kernel.
+    pub fn parse(text: &str, kernel: &str) -> Option<Registers> {
+        let mut lines = text.lines();
+        lines.find(|l| l.contains(&format!("Compiling entry function '{kernel}'")))?;
+        let (mut spill_stores, mut spill_loads) = (0, 0);
+        for line in lines.take_while(|l| !l.contains("Compiling entry function")) {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            let before = |name: &[&str]| {
+                let at = words.windows(name.len()).position(|w| w == name)?;
+                words[..at].last()?.parse::<u32>().ok()
+            };
+            if let Some(n) = before(&["bytes", "spill", "stores,"]) {
+                spill_stores = n;
+                spill_loads = before(&["bytes", "spill", "loads"]).unwrap_or(0);
+            }
+            if let Some(registers) = before(&["registers,"]).or_else(|| before(&["registers"])) {
+                return Some(Registers {
+                    registers,
+                    spill_stores,
+                    spill_loads,
+                });
+            }
+        }
+        None
+    }
+}
+
+/// How a launch would run on a GPU by its data sheet.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Estimate {
+    /// The GPU's name.
+    pub gpu: &'static str,
+    /// Blocks that fit one of its multiprocessors.
+    pub occupancy: Occupancy,
+    /// The least times of its parts.
+    pub roofline: Roofline,
+    /// The longest of them.
+    pub seconds: f64,
+}
+
+impl Estimate {
+    /// The estimate for a launch of a kernel that takes so many registers a thread.
+    pub fn new(gpu: &Gpu, report: &LaunchReport, registers: u32) -> Estimate {
+        let threads = report.block.iter().product();
+        let roofline = roofline(gpu, &report.counters);
+        Estimate {
+            gpu: gpu.name,
+            occupancy: occupancy(gpu, threads, registers, report.shared),
+            roofline,
+            seconds: roofline.seconds(),
+        }
+    }
+}
+
+impl fmt::Display for Estimate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (o, r) = (&self.occupancy, &self.roofline);
+        let limit = match o.limit {
+            Limit::Threads => "threads",
+            Limit::Registers => "registers",
+            Limit::Shared => "shared memory",
+            Limit::Blocks => "blocks",
+        };
+        let micro = |seconds: f64| seconds * 1e6;
+        write!(
+            f,
+            "{} (estimate): {} blocks and {:.0} % of the warps a multiprocessor, limited by {limit}; \
+             at least {:.3} us (memory {:.3}, arithmetic {:.3}, tensor cores {:.3})",
+            self.gpu,
+            o.blocks,
+            100.0 * o.share,
+            micro(self.seconds),
+            micro(r.memory),
+            micro(r.arithmetic),
+            micro(r.tensor)
+        )
     }
 }

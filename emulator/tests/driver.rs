@@ -197,3 +197,92 @@ fn leaked_memory_is_listed_when_the_context_goes() {
     emulator.configure(&quiet).unwrap();
     assert_eq!(emulator.config().unwrap(), quiet);
 }
+
+#[test]
+fn functions_are_found_by_name_and_version() {
+    use libloading::os::unix::Library;
+    use std::ffi::{CString, c_char, c_int, c_void};
+    let _turn = turn();
+    // SAFETY: the emulator is loaded under this name; nothing is initialised anew.
+    let library = unsafe { Library::new("libcuda.so") }.unwrap();
+    let address = |symbol: &str| {
+        // SAFETY: only the address is used.
+        let found = unsafe { library.get::<*mut c_void>(symbol.as_bytes()) };
+        found.map(|s| s.into_raw()).unwrap()
+    };
+    type Get = unsafe extern "C" fn(*const c_char, *mut *mut c_void, c_int, u64, *mut c_int) -> u32;
+    // SAFETY: the symbol has this type.
+    let get: Get = unsafe { std::mem::transmute(address("cuGetProcAddress_v2")) };
+    let find = |name: &str, version: c_int| {
+        let (name, mut at, mut status) = (CString::new(name).unwrap(), std::ptr::null_mut(), -1);
+        // SAFETY: all pointers are valid.
+        let code = unsafe { get(name.as_ptr(), &mut at, version, 0, &mut status) };
+        (code, at, status)
+    };
+    for (name, version, symbol) in [
+        ("cuInit", 12000, "cuInit"),
+        ("cuMemAlloc", 12000, "cuMemAlloc_v2"),
+        ("cuMemAllocAsync", 11020, "cuMemAllocAsync"),
+        ("cuDeviceGetUuid", 11030, "cuDeviceGetUuid"),
+        ("cuDeviceGetUuid", 11040, "cuDeviceGetUuid_v2"),
+        ("cuGetProcAddress", 11030, "cuGetProcAddress"),
+        ("cuGetProcAddress", 12000, "cuGetProcAddress_v2"),
+        ("cuEventElapsedTime", 12000, "cuEventElapsedTime"),
+        ("cuGraphInstantiate", 12000, "cuGraphInstantiateWithFlags"),
+        ("cuCtxCreate", 11030, "cuCtxCreate_v2"),
+        ("cuArrayDestroy", 12000, "cuArrayDestroy"),
+    ] {
+        assert_eq!(find(name, version), (0, address(symbol), 0), "{name}");
+    }
+    let null = std::ptr::null_mut();
+    assert_eq!(find("cuFlyToTheMoon", 12000), (0, null, 1));
+    // Other libraries' functions are not the driver's: this is one of libc.
+    assert_eq!(find("cuserid", 12000), (0, null, 1));
+    // With an affinity: not there, and not to be taken for the one without.
+    assert_eq!(find("cuCtxCreate", 11040), (0, null, 1));
+    assert_eq!(find("cuGetProcAddress", 11000), (0, null, 2));
+    assert_eq!(
+        find("cuInit", 13000).0,
+        CUresult::CUDA_ERROR_INVALID_VALUE as u32
+    );
+
+    // What exists only to be linked against refuses every call.
+    type Refuse = unsafe extern "C" fn(usize) -> u32;
+    for name in [
+        "cuArrayDestroy",
+        "cuLinkDestroy",
+        "cuGraphGetNodes",
+        "cuMemAllocManaged",
+    ] {
+        // SAFETY: the functions read no argument.
+        let code = unsafe { std::mem::transmute::<*mut c_void, Refuse>(address(name))(0) };
+        assert_eq!(code, CUresult::CUDA_ERROR_NOT_SUPPORTED as u32, "{name}");
+    }
+}
+
+#[test]
+fn occupancy_follows_threads_and_shared_memory() {
+    let _turn = turn();
+    let context = CudaContext::new(0).unwrap();
+    let module = context.load_module(Ptx::from_src(BASIC)).unwrap();
+    let saxpy = module.load_function("saxpy").unwrap();
+    // An eighth of 164 KiB, of which each block's first KiB is the system's.
+    let left = saxpy.occupancy_available_dynamic_smem_per_block(8, 256);
+    assert_eq!(left, Ok((164 << 10) / 8 - 1024));
+    assert!(
+        saxpy
+            .occupancy_available_dynamic_smem_per_block(9, 256)
+            .is_err()
+    );
+    let blocks = saxpy.occupancy_max_active_blocks_per_multiprocessor(256, left.unwrap(), None);
+    assert_eq!(blocks, Ok(8));
+    // With 100 bytes a thread, 3 blocks of 544 threads are the most that fit; of smaller blocks, 5
+    // of 320.
+    extern "C" fn shared(threads: i32) -> usize {
+        100 * threads as usize
+    }
+    let best = saxpy.occupancy_max_potential_block_size(shared, 0, 0, None);
+    assert_eq!(best, Ok((3 * 108, 544)));
+    let best = saxpy.occupancy_max_potential_block_size(shared, 0, 500, None);
+    assert_eq!(best, Ok((5 * 108, 320)));
+}

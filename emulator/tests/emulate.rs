@@ -90,3 +90,55 @@ fn mistakes_are_named_in_one_line() {
         assert!(text.contains(part), "{text}");
     }
 }
+
+#[test]
+fn estimates_take_registers_from_ptxas_or_from_the_caller() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("ptxas");
+    std::fs::create_dir_all(&dir).unwrap();
+    // What ptxas 13.0 says of a file with two kernels.
+    let said = "\
+ptxas info    : Compiling entry function 'other' for 'sm_80'
+ptxas info    : Function properties for other
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 23 registers, used 1 barriers, 16 bytes smem, 392 bytes cmem[0]
+ptxas info    : Compiling entry function 'saxpy' for 'sm_80'
+ptxas info    : Function properties for saxpy
+    8 bytes stack frame, 24 bytes spill stores, 40 bytes spill loads
+ptxas info    : Used 168 registers, used 0 barriers, 376 bytes cmem[0]";
+    let ptxas = dir.join("ptxas");
+    // It answers for the target that the PTX names, and no other.
+    let script = format!(
+        "#!/bin/sh\ncase \"$*\" in *'-arch sm_80'*) ;; *) exit 3;; esac\ncat >&2 <<'END'\n{said}\nEND\n"
+    );
+    std::fs::write(&ptxas, script).unwrap();
+    std::fs::set_permissions(&ptxas, std::fs::Permissions::from_mode(0o755)).unwrap();
+
+    let (output, _) = emulate("asked", 3, &["--json", "--ptxas", ptxas.to_str().unwrap()]);
+    assert!(output.status.success(), "{output:?}");
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["kernel"], "saxpy");
+    let registers = serde_json::json!({"registers": 168, "spill_stores": 24, "spill_loads": 40});
+    assert_eq!(json["registers"], registers);
+    assert_eq!(json["estimates"][1]["gpu"], "H100");
+    // 168 registers of 32 threads are 5376, of which 65536 hold 12: blocks of one warp.
+    let occupancy = &json["estimates"][0]["occupancy"];
+    assert_eq!(occupancy["blocks"], 12);
+    assert_eq!(occupancy["limit"], "registers");
+
+    let (output, _) = emulate("told", 3, &["--registers", "168"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("A100 (estimate): 12 blocks and 19 %"),
+        "{text}"
+    );
+    assert!(text.contains("H100 (estimate): "), "{text}");
+
+    let (output, _) = emulate("nobody", 3, &["--ptxas", "/nonexistent/ptxas"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("/nonexistent/ptxas")
+    );
+}

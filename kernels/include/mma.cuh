@@ -102,3 +102,10 @@ __device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], uint32_t tile, in
     const int lane = threadIdx.x % 32;
     ldmatrix_x4_trans(b, tile + chunk_offset<COLUMNS>(row + lane % 16, column / CHUNK + lane / 16));
 }
+
+// Two f32 as bf16, rounded to nearest even; `low` is the first in memory.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    uint32_t packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}

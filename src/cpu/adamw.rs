@@ -6,9 +6,8 @@
 use super::Cpu;
 use super::pool::SharedMut;
 use super::simd::{Kernel, Simd};
-use crate::adamw::{AdamW, AdamWConfig};
-use crate::error::check_len;
-use crate::{Error, Result};
+use crate::Result;
+use crate::adamw::{AdamW, AdamWConfig, check_adamw, check_clip_scale, check_sum_of_squares};
 use half::bf16;
 
 /// Parameters of a task: its five runs of memory fit the second-level cache.
@@ -134,38 +133,19 @@ impl AdamW for Cpu {
         v: &mut Self::Buf<f32>,
         copy: Option<&mut Self::Buf<bf16>>,
     ) -> Result<()> {
-        let op = "adamw";
-        check_len(op, "scale", scale.len(), 1)?;
-        check_len(op, "grad", grad.len(), len)?;
-        check_len(op, "param", param.len(), len)?;
-        check_len(op, "m", m.len(), len)?;
-        check_len(op, "v", v.len(), len)?;
-        if let Some(copy) = &copy {
-            check_len(op, "copy", copy.len(), len)?;
-        }
-        if config.step == 0 {
-            return Err(Error::invalid(op, "`step` is 0, steps count from 1"));
-        }
-        for (name, beta) in [("beta1", config.beta1), ("beta2", config.beta2)] {
-            if !(0.0..1.0).contains(&beta) {
-                return Err(Error::invalid(
-                    op,
-                    format!("`{name}` is {beta}, it must be at least 0 and below 1"),
-                ));
-            }
-        }
+        let lens = [scale.len(), grad.len(), param.len(), m.len(), v.len()];
+        check_adamw(config, len, lens, copy.as_ref().map(|copy| copy.len()))?;
         if scale[0] == 0.0 {
             return Ok(());
         }
-        let correct =
-            |beta: f32| (1.0 / (1.0 - f64::from(beta).powf(f64::from(config.step)))) as f32;
+        let [correct1, correct2] = config.corrections();
         let step = Step {
             scale: scale[0],
             learning_rate: config.learning_rate,
             beta1: config.beta1,
             beta2: config.beta2,
-            correct1: correct(config.beta1),
-            correct2: correct(config.beta2),
+            correct1,
+            correct2,
             eps: config.eps,
             weight_decay: config.weight_decay,
         };
@@ -203,8 +183,7 @@ impl AdamW for Cpu {
         out: &mut Self::Buf<f32>,
         index: usize,
     ) -> Result<()> {
-        check_len("sum_of_squares", "x", x.len(), len)?;
-        check_len("sum_of_squares", "out", out.len(), index.saturating_add(1))?;
+        check_sum_of_squares(len, x.len(), out.len(), index)?;
         let x = &x[..len];
         let mut sums = vec![0.0f64; len.div_ceil(BLOCK)];
         self.pool.chunks_mut(&mut sums, 1, |i, sum| {
@@ -223,16 +202,7 @@ impl AdamW for Cpu {
         norm: &mut Self::Buf<f32>,
         scale: &mut Self::Buf<f32>,
     ) -> Result<()> {
-        let op = "clip_scale";
-        check_len(op, "squares", squares.len(), sums)?;
-        check_len(op, "norm", norm.len(), 1)?;
-        check_len(op, "scale", scale.len(), 1)?;
-        if max_norm.is_nan() || max_norm <= 0.0 {
-            return Err(Error::invalid(
-                op,
-                format!("`max_norm` is {max_norm}, it must be positive"),
-            ));
-        }
+        check_clip_scale(sums, max_norm, [squares.len(), norm.len(), scale.len()])?;
         // From +0, as the sum of nothing is -0.
         let total = squares[..sums]
             .iter()

@@ -5,8 +5,10 @@
 
 use super::Cpu;
 use super::pool::SharedMut;
-use crate::error::check_len;
-use crate::grpo::{AdvantageConfig, Grpo, GrpoConfig, KlEstimator, RatioLevel, SequenceStats};
+use crate::grpo::{
+    AdvantageConfig, Grpo, GrpoConfig, KlEstimator, RatioLevel, SequenceStats, check_advantages,
+    check_grpo_loss,
+};
 use crate::{Error, Result};
 
 /// The largest magnitude of a log-ratio, in nats.
@@ -179,36 +181,6 @@ fn check_offsets(op: &'static str, offsets: &[u32], tokens: usize) -> Result<()>
     Ok(())
 }
 
-fn check_config(op: &'static str, config: &GrpoConfig, has_reference: bool) -> Result<()> {
-    let refuse = |rule: String| Err(Error::invalid(op, rule));
-    for (name, clip) in [
-        ("clip_low", config.clip_low),
-        ("clip_high", config.clip_high),
-    ] {
-        if clip.is_nan() || clip < 0.0 {
-            return refuse(format!("`{name}` is {clip}, it must be at least 0"));
-        }
-    }
-    if let Some(dual) = config.dual_clip
-        && (dual.is_nan() || dual <= 1.0)
-    {
-        return refuse(format!("`dual_clip` is {dual}, it must be above 1"));
-    }
-    if !config.kl_coef.is_finite() {
-        return refuse(format!(
-            "`kl_coef` is {}, it must be finite",
-            config.kl_coef
-        ));
-    }
-    if config.kl_coef != 0.0 && !has_reference {
-        return refuse(format!(
-            "`kl_coef` is {} without a reference",
-            config.kl_coef
-        ));
-    }
-    Ok(())
-}
-
 impl Grpo for Cpu {
     fn advantages(
         &self,
@@ -218,13 +190,7 @@ impl Grpo for Cpu {
         rewards: &Self::Buf<f32>,
         advantages: &mut Self::Buf<f32>,
     ) -> Result<()> {
-        let op = "advantages";
-        if group_size == 0 {
-            return Err(Error::invalid(op, "`group_size` is 0"));
-        }
-        let len = groups.saturating_mul(group_size);
-        check_len(op, "rewards", rewards.len(), len)?;
-        check_len(op, "advantages", advantages.len(), len)?;
+        let len = check_advantages(groups, group_size, rewards.len(), advantages.len())?;
         self.pool
             .chunks_mut(&mut advantages[..len], group_size, |g, advantages| {
                 group_advantages(config, &rewards[g * group_size..][..group_size], advantages);
@@ -246,20 +212,18 @@ impl Grpo for Cpu {
         dlogprob: &mut Self::Buf<f32>,
         stats: &mut Self::Buf<SequenceStats>,
     ) -> Result<()> {
-        let op = "grpo_loss";
-        check_len(op, "offsets", offsets.len(), sequences.saturating_add(1))?;
-        check_len(op, "weights", weights.len(), sequences)?;
-        check_len(op, "advantages", advantages.len(), sequences)?;
-        check_len(op, "new", new.len(), tokens)?;
-        check_len(op, "old", old.len(), tokens)?;
-        if let Some(reference) = reference {
-            check_len(op, "reference", reference.len(), tokens)?;
-        }
-        check_len(op, "dlogprob", dlogprob.len(), tokens)?;
-        check_len(op, "stats", stats.len(), sequences)?;
-        check_config(op, config, reference.is_some())?;
+        let inputs = [
+            offsets.len(),
+            weights.len(),
+            advantages.len(),
+            new.len(),
+            old.len(),
+        ];
+        let outputs = [dlogprob.len(), stats.len()];
+        let with = reference.map(|r| r.len());
+        check_grpo_loss(config, sequences, tokens, inputs, with, outputs)?;
         let offsets = &offsets[..=sequences];
-        check_offsets(op, offsets, tokens)?;
+        check_offsets("grpo_loss", offsets, tokens)?;
         dlogprob[offsets[sequences] as usize..tokens].fill(0.0);
         let dlogprob = SharedMut::new(dlogprob);
         self.pool

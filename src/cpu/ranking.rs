@@ -3,12 +3,8 @@
 
 use super::Cpu;
 use super::pool::SharedMut;
-use crate::error::check_len;
-use crate::ranking::{Ranking, RankingReward};
+use crate::ranking::{Ranking, RankingReward, check_list_loss, check_ranking_reward};
 use crate::{Error, Result};
-
-/// Items of the longest ranking that is rewarded.
-const MAX_ITEMS: usize = 64;
 
 fn is_permutation(order: &[u32], seen: &mut Vec<bool>) -> bool {
     seen.clear();
@@ -129,17 +125,7 @@ impl Ranking for Cpu {
         labels: &Self::Buf<f32>,
         rewards: &mut Self::Buf<f32>,
     ) -> Result<()> {
-        let op = "ranking_reward";
-        if !(1..=MAX_ITEMS).contains(&items) {
-            return Err(Error::invalid(
-                op,
-                format!("`items` is {items}, it must be 1 to {MAX_ITEMS}"),
-            ));
-        }
-        let len = rankings.saturating_mul(items);
-        check_len(op, "order", order.len(), len)?;
-        check_len(op, "labels", labels.len(), len)?;
-        check_len(op, "rewards", rewards.len(), rankings)?;
+        check_ranking_reward(rankings, items, [order.len(), labels.len(), rewards.len()])?;
         self.pool.chunks_mut(&mut rewards[..rankings], 1, |r, out| {
             let order = &order[r * items..][..items];
             let labels = &labels[r * items..][..items];
@@ -164,11 +150,9 @@ impl Ranking for Cpu {
         dscores: &mut Self::Buf<f32>,
     ) -> Result<()> {
         let op = "plackett_luce_loss";
-        let len = lists.saturating_mul(items);
-        check_len(op, "scores", scores.len(), len)?;
-        check_len(op, "order", order.len(), len)?;
-        check_len(op, "loss", loss.len(), lists)?;
-        check_len(op, "dscores", dscores.len(), len)?;
+        let target = ("order", order.len());
+        let outputs = [loss.len(), dscores.len()];
+        check_list_loss(op, lists, items, scores.len(), target, outputs)?;
         let mut seen = Vec::new();
         for list in 0..lists {
             if !is_permutation(&order[list * items..][..items], &mut seen) {
@@ -196,11 +180,9 @@ impl Ranking for Cpu {
         dscores: &mut Self::Buf<f32>,
     ) -> Result<()> {
         let op = "pairwise_logistic_loss";
-        let len = lists.saturating_mul(items);
-        check_len(op, "scores", scores.len(), len)?;
-        check_len(op, "labels", labels.len(), len)?;
-        check_len(op, "loss", loss.len(), lists)?;
-        check_len(op, "dscores", dscores.len(), len)?;
+        let target = ("labels", labels.len());
+        let outputs = [loss.len(), dscores.len()];
+        check_list_loss(op, lists, items, scores.len(), target, outputs)?;
         self.each_list(items, weight, &mut loss[..lists], dscores, |list, grad| {
             let list = list * items..(list + 1) * items;
             pairwise_logistic(&scores[list.clone()], &labels[list], grad)

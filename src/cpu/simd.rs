@@ -85,6 +85,18 @@ impl Level {
     }
 }
 
+/// Asks for the cache line of `p`, which need not be valid.
+#[inline(always)]
+pub(crate) fn prefetch<T>(p: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a prefetch never faults, and SSE is part of the base of this architecture.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 /// A function that is generic over the SIMD level.
 pub(crate) trait Kernel {
     /// What it returns.

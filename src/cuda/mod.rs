@@ -7,20 +7,27 @@
 //! on hardware it is untried.
 
 mod activation;
+mod adamw;
+mod attention;
+#[cfg(feature = "cust")]
+pub mod cust;
 mod embedding;
 mod gemm;
+mod grpo;
 mod launch;
 mod logprob;
 mod norm;
+mod ranking;
 mod rope;
 mod sampling;
 
+pub use attention::{PagedFaults, PagedPointers};
 pub use launch::{Entry, Fault, Kernels, MODULES, Module};
 
 use crate::error::check_len;
 use crate::{Buffer, Device, Element, Error, Result, Weight};
 use cudarc::driver::sys::{CUdeviceptr, CUresult, CUstream};
-use cudarc::driver::{CudaContext, CudaSlice, CudaStream, DriverError, result};
+use cudarc::driver::{CudaContext, CudaGraph, CudaSlice, CudaStream, DriverError, result, sys};
 use half::bf16;
 use launch::device_error;
 use std::marker::PhantomData;
@@ -274,9 +281,23 @@ fn zeros<T: Element>(stream: &Arc<CudaStream>, len: usize) -> Result<CudaBuffer<
     })
 }
 
+/// Operations of a [`Cuda`] device that were recorded by [`Device::record`].
+pub struct Graph {
+    graph: CudaGraph,
+    /// Keeps the kernels and the scratch memory that the graph uses.
+    _device: Arc<Shared>,
+}
+
+impl std::fmt::Debug for Graph {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Graph")
+    }
+}
+
 impl Device for Cuda {
     type Elem = bf16;
     type Buf<T: Element> = CudaBuffer<T>;
+    type Graph = Graph;
 
     fn name(&self) -> String {
         let context = self.shared.stream.context();
@@ -363,6 +384,36 @@ impl Device for Cuda {
         // SAFETY: all of the buffer, which lives on this stream.
         unsafe { result::memset_d8_async(dst.address, 0, dst.bytes.len(), stream) }
             .map_err(|e| device_error(OP, e))
+    }
+
+    fn record<E: From<Error>>(
+        &self,
+        body: impl FnOnce() -> std::result::Result<(), E>,
+    ) -> std::result::Result<Option<Graph>, E> {
+        const OP: &str = "record";
+        let error = |e| E::from(device_error(OP, e));
+        let stream = &self.shared.stream;
+        stream
+            .begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
+            .map_err(error)?;
+        let outcome = body();
+        // Also after a failure, or the stream would stay closed to other work.
+        let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        outcome?;
+        let graph = graph.map_err(error)?.ok_or_else(|| {
+            E::from(Error::invalid(
+                OP,
+                "the recording holds an operation that waits for the device",
+            ))
+        })?;
+        Ok(Some(Graph {
+            graph,
+            _device: self.shared.clone(),
+        }))
+    }
+
+    unsafe fn replay(&self, graph: &Graph) -> Result<()> {
+        graph.graph.launch().map_err(|e| device_error("replay", e))
     }
 }
 

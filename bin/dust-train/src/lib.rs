@@ -13,5 +13,6 @@ pub mod pipeline;
 pub mod report;
 pub mod rollout;
 pub mod sandbox;
+mod shuffle;
 pub mod tasks;
 pub mod text;

@@ -126,18 +126,16 @@ fn gguf_tokenizer_gives_the_tokens_of_llama_cpp() {
     );
 }
 
-/// The same with the whole vocabulary, where the demo's model has been fetched.
+/// The same with the whole vocabulary, that of the demo's model.
 #[test]
 fn smollm2_tokens_are_those_of_llama_cpp() {
     let model =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../../models/SmolLM2-135M-Instruct.gguf");
-    if !model.exists() {
-        eprintln!(
-            "skipped: run scripts/fetch_model.py for {}",
-            model.display()
-        );
-        return;
-    }
+    assert!(
+        model.exists(),
+        "{}: no such file; `make model` fetches it",
+        model.display()
+    );
     let checkpoint = open(&model).unwrap();
     assert_eq!(checkpoint.config().hidden, 576);
     let tokenizer = checkpoint.tokenizer().unwrap();

@@ -31,6 +31,11 @@ fn model(dir: &Path) -> PathBuf {
 
 /// A run folder with a configuration and four candidates, two of them right, for three problems.
 fn begin(dir: &Path, name: &str, steps: usize) -> PathBuf {
+    begin_with(dir, name, &format!("steps = {steps}\nlearning_rate = 1e-3"))
+}
+
+/// The same with other lines under `[train]`.
+fn begin_with(dir: &Path, name: &str, train: &str) -> PathBuf {
     let folder = dir.join("tiny");
     let model = if folder.exists() { folder } else { model(dir) };
     let config = format!(
@@ -39,8 +44,8 @@ fn begin(dir: &Path, name: &str, steps: usize) -> PathBuf {
          [tasks]\nmax_eval = 1\n\
          [sample]\ncandidates = 4\n[sample.sampling]\nmax_tokens = 8\n\
          [judge]\nprefix = \"Ranking: 2 > 1 > 4 > 3\"\nmax_tokens = 3\n\
-         [train]\nsteps = {steps}\nprompts = 2\nmini_batch = 1\nepochs = 2\njudgments = 2\n\
-         learning_rate = 1e-3\nwarmup_steps = 1\ncheckpoint_every = 2\n\
+         [train]\n{train}\nprompts = 2\nmini_batch = 1\nepochs = 2\njudgments = 2\n\
+         warmup_steps = 1\ncheckpoint_every = 2\n\
          [eval]\nrepeats = 1\n",
         model.to_str().unwrap()
     );
@@ -217,4 +222,92 @@ fn no_mixed_group_says_what_to_do() {
     let output = command("group", &run).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("sample.candidates"));
+}
+
+/// A run with its candidates in groups, whose training has other lines.
+fn grouped(dir: &Path, name: &str, train: &str) -> PathBuf {
+    let run = begin_with(dir, name, train);
+    succeed("label", &run);
+    succeed("group", &run);
+    run
+}
+
+#[test]
+fn imitation_lowers_the_loss_and_grpo_follows() {
+    let dir = tempfile::tempdir().unwrap();
+    let train = "steps = 7\nsft_steps = 6\nlearning_rate = 1e-2";
+    let run = grouped(dir.path(), "run", train);
+    let config = run.with_extension("toml");
+    // A prefix that gives part of the ranking away leaves nothing to imitate.
+    let output = command("train", &run).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("judge.prefix"));
+    fs::remove_dir_all(&run).unwrap();
+    fs::remove_file(&config).unwrap();
+    begin_with(dir.path(), "run", train);
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("Ranking: 2 > 1 > 4 > 3", "Ranking:")).unwrap();
+    for stage in ["label", "group", "train"] {
+        succeed(stage, &run);
+    }
+    let log = log(&run);
+    let lessons: Vec<&str> = log.iter().map(|l| l["lesson"].as_str().unwrap()).collect();
+    assert_eq!(lessons, [vec!["imitation"; 6], vec!["ranking"]].concat());
+    let loss = |step: usize| log[step]["loss"].as_f64().unwrap();
+    assert!(loss(5) < 0.7 * loss(0), "{} {}", loss(0), loss(5));
+    assert_eq!(log[6]["mismatch"], 0.0);
+}
+
+#[test]
+fn arms_that_write_programs_draw_and_run_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let train =
+        |arm: &str| format!("arm = \"{arm}\"\nalternate = 1\nsteps = 2\nlearning_rate = 1e-3");
+    for (arm, lessons) in [
+        ("generation", ["generation", "generation"]),
+        ("iterative", ["generation", "ranking"]),
+    ] {
+        let run = grouped(dir.path(), arm, &train(arm));
+        succeed("train", &run);
+        let log = log(&run);
+        for (line, lesson) in log.iter().zip(lessons) {
+            assert_eq!(line["lesson"], lesson);
+            assert_eq!(line["mismatch"], 0.0, "rollout and training differ: {line}");
+        }
+        // A random model writes no programs.
+        assert_eq!(
+            (&log[0]["invalid"], &log[0]["reward_mean"]),
+            (&json!(1.0), &json!(0.0))
+        );
+    }
+    let run = grouped(dir.path(), "fresh", &train("on_policy_ranking"));
+    let output = command("train", &run).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("no mixed group"), "{error}");
+}
+
+#[test]
+fn refilling_leaves_out_what_teaches_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = begin_with(
+        dir.path(),
+        "run",
+        "steps = 3\nrefill = true\nlearning_rate = 1e-3",
+    );
+    // A ranking is valid if the one token that follows is a space or the end: one in many.
+    let config = run.with_extension("toml");
+    let text = fs::read_to_string(&config).unwrap();
+    let text = text.replace("judgments = 2", "judgments = 24");
+    fs::write(&config, text.replace("max_tokens = 3", "max_tokens = 1")).unwrap();
+    for stage in ["label", "group", "train"] {
+        succeed(stage, &run);
+    }
+    let mut updates = 0;
+    for line in log(&run) {
+        assert_eq!(line["zero_variance"], 0.0, "{line}");
+        assert_eq!(line["mismatch"], 0.0, "{line}");
+        updates += line["updates"].as_u64().unwrap();
+    }
+    assert!(updates > 0, "no group was left");
 }

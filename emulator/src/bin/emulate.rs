@@ -1,13 +1,15 @@
 //! Runs one kernel of a PTX file on arrays from .npy files, with checks, without a GPU.
 
 use clap::Parser;
+use cuda_emulator::estimate::{A100, Estimate, H100, Registers};
 use cuda_emulator::npy::Npy;
 use cuda_emulator::{
     Arg, BlockOrder, Checks, Config, CopyAsync, Device, LaunchReport, MmaRounding, Schedule,
 };
+use serde::Serialize;
 use serde_json::Value;
 use std::path::{Path, PathBuf};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
 /// Runs one kernel of a PTX file on the CPU and reports errors and counters.
 #[derive(Parser)]
@@ -55,6 +57,12 @@ struct Options {
     /// Warp instructions after which the kernel is taken to hang.
     #[arg(long, default_value_t = Config::default().step_limit)]
     step_limit: u64,
+    /// The program ptxas, asked for the kernel's registers: adds estimates for an A100 and an H100.
+    #[arg(long, conflicts_with = "registers")]
+    ptxas: Option<PathBuf>,
+    /// Registers of a thread, if known without ptxas: adds the same estimates.
+    #[arg(long)]
+    registers: Option<u32>,
     /// Print the report as JSON.
     #[arg(long, conflicts_with = "csv")]
     json: bool,
@@ -164,6 +172,15 @@ fn run(o: &Options) -> Result<bool, String> {
     let module = device
         .load(&text)
         .map_err(|e| format!("{}: {e}", o.file.display()))?;
+    let registers = match (&o.ptxas, o.registers) {
+        (Some(ptxas), _) => Some(ask(ptxas, &o.file, &text, &o.entry)?),
+        (None, Some(registers)) => Some(Registers {
+            registers,
+            spill_stores: 0,
+            spill_loads: 0,
+        }),
+        (None, None) => None,
+    };
     let json: Value = serde_json::from_slice(&read(&o.args)?)
         .map_err(|e| format!("{}: {e}", o.args.display()))?;
     let bad = |i: usize, why: &str| format!("{}: parameter {i}: {why}", o.args.display());
@@ -227,13 +244,52 @@ fn run(o: &Options) -> Result<bool, String> {
             std::fs::write(&path, npy.bytes()).map_err(|e| format!("{}: {e}", path.display()))?;
         }
     }
-    print(o, &report)?;
+    print(o, &report, registers)?;
     Ok(report.findings.is_empty())
 }
 
-fn print(o: &Options, report: &LaunchReport) -> Result<(), String> {
+/// Asks ptxas what it makes of the kernel.
+fn ask(ptxas: &Path, file: &Path, text: &str, entry: &str) -> Result<Registers, String> {
+    let target = cuda_emulator::ptx::parse(text)
+        .map(|module| module.target.to_string())
+        .map_err(|e| format!("{}: {e}", file.display()))?;
+    let output = Command::new(ptxas)
+        .args(["-v", "-arch", &target, "-o", "/dev/null"])
+        .arg(file)
+        .output()
+        .map_err(|e| format!("{}: {e}", ptxas.display()))?;
+    let said = String::from_utf8_lossy(&output.stderr).into_owned()
+        + &String::from_utf8_lossy(&output.stdout);
+    if !output.status.success() {
+        return Err(format!("{}: {}", ptxas.display(), said.trim()));
+    }
+    Registers::parse(&said, entry)
+        .ok_or_else(|| format!("{}: it says nothing of {entry}", ptxas.display()))
+}
+
+/// What is printed as JSON: the report and, if asked for, the estimates.
+#[derive(Serialize)]
+struct Printed<'a> {
+    #[serde(flatten)]
+    report: &'a LaunchReport,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    registers: Option<Registers>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    estimates: Vec<Estimate>,
+}
+
+fn print(o: &Options, report: &LaunchReport, registers: Option<Registers>) -> Result<(), String> {
+    let estimates: Vec<Estimate> = registers
+        .iter()
+        .flat_map(|r| [A100, H100].map(|gpu| Estimate::new(&gpu, report, r.registers)))
+        .collect();
     if o.json {
-        let text = serde_json::to_string_pretty(report).map_err(|e| e.to_string())?;
+        let printed = Printed {
+            report,
+            registers,
+            estimates,
+        };
+        let text = serde_json::to_string_pretty(&printed).map_err(|e| e.to_string())?;
         println!("{text}");
         return Ok(());
     }
@@ -242,8 +298,17 @@ fn print(o: &Options, report: &LaunchReport) -> Result<(), String> {
     }
     if o.csv {
         println!("{}\n{}", LaunchReport::csv_header(), report.csv_row());
-    } else {
-        print!("{}", report.table());
+        return Ok(());
+    }
+    print!("{}", report.table());
+    if let Some(r) = registers {
+        println!(
+            "{} registers a thread, spilled bytes: {} stored, {} loaded",
+            r.registers, r.spill_stores, r.spill_loads
+        );
+    }
+    for estimate in estimates {
+        println!("{estimate}");
     }
     Ok(())
 }

@@ -1,8 +1,14 @@
 //! What the device says about itself: an A100 or an H100, by compute capability.
 
+use super::symbols::DRIVER_VERSION;
 use super::{CUresult, E, Handle, enter, lock, put};
 use crate::machine::launch::shared_limit;
 use std::ffi::{c_char, c_int, c_uint};
+
+/// Multiprocessors of the device.
+pub fn multiprocessors(capability: (u32, u32)) -> u32 {
+    if capability.0 >= 9 { 132 } else { 108 }
+}
 
 /// Value of a device attribute, by CUDA's number for it.
 fn attribute(number: c_int, capability: (u32, u32)) -> Option<i32> {
@@ -27,21 +33,15 @@ fn attribute(number: c_int, capability: (u32, u32)) -> Option<i32> {
         } // clock, kHz
         14 => 512,           // texture alignment
         15 => 1,             // copy and execute at once
-        16 => {
-            if hopper {
-                132
-            } else {
-                108
-            }
-        } // multiprocessors
-        17 => 0,             // kernel timeout
-        18 => 0,             // integrated
-        19 => 1,             // can map host memory
-        20 => 0,             // compute mode: default
-        31 => 1,             // concurrent kernels
-        32 => 0,             // ECC
-        33 | 34 | 50 => 0,   // PCI ids
-        35 => 0,             // TCC
+        16 => multiprocessors(capability) as i32,
+        17 => 0,           // kernel timeout
+        18 => 0,           // integrated
+        19 => 1,           // can map host memory
+        20 => 0,           // compute mode: default
+        31 => 1,           // concurrent kernels
+        32 => 0,           // ECC
+        33 | 34 | 50 => 0, // PCI ids
+        35 => 0,           // TCC
         36 => {
             if hopper {
                 2_619_000
@@ -49,7 +49,7 @@ fn attribute(number: c_int, capability: (u32, u32)) -> Option<i32> {
                 1_593_000
             }
         } // memory clock, kHz
-        37 => 5120,          // memory bus width
+        37 => 5120,        // memory bus width
         38 => {
             if hopper {
                 50 << 20
@@ -57,9 +57,9 @@ fn attribute(number: c_int, capability: (u32, u32)) -> Option<i32> {
                 40 << 20
             }
         } // L2
-        39 => 2048,          // threads per multiprocessor
-        40 => 2,             // copy engines
-        41 => 1,             // unified addressing
+        39 => 2048,        // threads per multiprocessor
+        40 => 2,           // copy engines
+        41 => 1,           // unified addressing
         75 => capability.0 as i32,
         76 => capability.1 as i32,
         78 => 1,      // stream priorities
@@ -131,7 +131,7 @@ pub extern "C" fn cuInit(flags: c_uint) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuDriverGetVersion(version: *mut c_int) -> CUresult {
     // SAFETY: the caller's.
-    enter(|| unsafe { put(version, 12000) })
+    enter(|| unsafe { put(version, DRIVER_VERSION) })
 }
 
 /// # Safety

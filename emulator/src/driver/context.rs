@@ -1,6 +1,7 @@
 //! Contexts.
 
-use super::{CURRENT, CUresult, E, Handle, State, enter, lock, put, with};
+use super::symbols::DRIVER_VERSION;
+use super::{CURRENT, CUresult, E, Handle, State, enter, lock, put, put_if, with};
 use std::ffi::{c_int, c_uint};
 
 impl State {
@@ -168,11 +169,9 @@ pub extern "C" fn cuCtxPushCurrent_v2(context: Handle) -> CUresult {
 pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut Handle) -> CUresult {
     enter(|| {
         let top = CURRENT.with_borrow_mut(Vec::pop).ok_or(E::InvalidContext)?;
-        if context.is_null() {
-            return Ok(());
-        }
         // SAFETY: the caller's.
-        unsafe { put(context, top) }
+        unsafe { put_if(context, top) };
+        Ok(())
     })
 }
 
@@ -215,7 +214,7 @@ pub unsafe extern "C" fn cuCtxGetDevice(device: *mut c_int) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetApiVersion(_context: Handle, version: *mut c_uint) -> CUresult {
     // SAFETY: the caller's.
-    enter(|| unsafe { put(version, 12000) })
+    enter(|| unsafe { put(version, DRIVER_VERSION as c_uint) })
 }
 
 /// # Safety
@@ -242,12 +241,8 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
     enter(|| {
         // SAFETY: the caller's.
         unsafe {
-            if !least.is_null() {
-                put(least, 0)?;
-            }
-            if !greatest.is_null() {
-                put(greatest, -5)?;
-            }
+            put_if(least, 0);
+            put_if(greatest, -5);
         }
         Ok(())
     })
@@ -257,6 +252,28 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxSetCacheConfig(_config: c_uint) -> CUresult {
     0
+}
+
+/// # Safety
+/// As in CUDA: `config` is valid for writing. There is no preference to be had.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetCacheConfig(config: *mut c_uint) -> CUresult {
+    // SAFETY: the caller's.
+    with(|_| unsafe { put(config, 0) })
+}
+
+/// Bank widths change nothing here.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSetSharedMemConfig(_config: c_uint) -> CUresult {
+    0
+}
+
+/// # Safety
+/// As in CUDA: `config` is valid for writing. Banks are four bytes wide.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuCtxGetSharedMemConfig(config: *mut c_uint) -> CUresult {
+    // SAFETY: the caller's.
+    with(|_| unsafe { put(config, 1) })
 }
 
 /// Stack and heap limits change nothing here.

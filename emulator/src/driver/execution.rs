@@ -1,6 +1,11 @@
 //! Modules, functions, launches, occupancy.
 
-use super::{CUdeviceptr, CUresult, E, Function, Handle, State, Work, error, put, string, with};
+use super::attributes::multiprocessors;
+use super::{
+    CUdeviceptr, CUresult, E, Function, Handle, State, Work, enter, error, put, put_if, string,
+    with,
+};
+use crate::machine::code::Kernel;
 use crate::machine::launch::shared_limit;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
@@ -186,12 +191,8 @@ pub unsafe extern "C" fn cuModuleGetGlobal_v2(
         let (at, size) = module.global(name).ok_or(E::NotFound)?;
         // SAFETY: the caller's.
         unsafe {
-            if !address.is_null() {
-                put(address, at)?;
-            }
-            if !bytes.is_null() {
-                put(bytes, size as usize)?;
-            }
+            put_if(address, at);
+            put_if(bytes, size as usize);
         }
         Ok(())
     })
@@ -304,18 +305,13 @@ pub unsafe extern "C" fn cuLaunchCooperativeKernel(
     stream: Handle,
     params: *mut *mut c_void,
 ) -> CUresult {
-    let none = std::ptr::null_mut();
-    with(|s| {
-        s.launch(
-            function,
-            [gx, gy, gz],
-            [bx, by, bz],
-            shared,
-            stream,
-            params,
-            none,
+    let extra = std::ptr::null_mut();
+    // SAFETY: the same contract.
+    unsafe {
+        cuLaunchKernel(
+            function, gx, gy, gz, bx, by, bz, shared, stream, params, extra,
         )
-    })
+    }
 }
 
 /// CUlaunchConfig.
@@ -354,6 +350,18 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     })
 }
 
+/// Blocks of `threads` threads and `dynamic` bytes of dynamic shared memory that fit a
+/// multiprocessor: what threads and shared memory allow, without ptxas' register counts.
+fn resident(kernel: &Kernel, capability: (u32, u32), threads: u32, dynamic: usize) -> u32 {
+    if threads == 0 || threads > kernel.max_threads.min(1024) {
+        return 0;
+    }
+    let by_threads = 2048 / threads.next_multiple_of(32);
+    let bytes = (kernel.shared as usize + 1024).saturating_add(dynamic);
+    let by_shared = (shared_limit(capability) as usize + 1024) / bytes;
+    by_threads.min(32).min(by_shared as u32)
+}
+
 /// # Safety
 /// As in CUDA: `blocks` is valid for writing.
 #[unsafe(no_mangle)]
@@ -365,22 +373,14 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     _flags: c_uint,
 ) -> CUresult {
     with(|s| {
-        let capability = s.device.config.capability;
         let f = s.functions.get(&function).ok_or(E::InvalidHandle)?;
-        let threads = u32::try_from(threads)
-            .ok()
-            .filter(|t| *t > 0)
-            .ok_or(E::InvalidValue)?;
-        if threads > f.kernel.max_threads.min(1024) {
-            // SAFETY: the caller's.
-            return unsafe { put(blocks, 0) };
+        let threads = u32::try_from(threads).map_err(|_| E::InvalidValue)?;
+        if threads == 0 {
+            return Err(E::InvalidValue);
         }
-        // Without ptxas' register counts: what threads and shared memory allow.
-        let by_threads = 2048 / threads.next_multiple_of(32);
-        let bytes = f.kernel.shared as usize + shared + 1024;
-        let by_shared = (shared_limit(capability) as usize + 1024) / bytes;
+        let n = resident(&f.kernel, s.device.config.capability, threads, shared);
         // SAFETY: the caller's.
-        unsafe { put(blocks, by_threads.min(32).min(by_shared as u32) as c_int) }
+        unsafe { put(blocks, n as c_int) }
     })
 }
 
@@ -396,5 +396,101 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessor(
     // SAFETY: the same contract.
     unsafe {
         cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(blocks, function, threads, shared, 0)
+    }
+}
+
+/// # Safety
+/// As in CUDA: `bytes` is valid for writing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
+    bytes: *mut usize,
+    function: Handle,
+    blocks: c_int,
+    threads: c_int,
+) -> CUresult {
+    with(|s| {
+        let capability = s.device.config.capability;
+        let kernel = &s.functions.get(&function).ok_or(E::InvalidHandle)?.kernel;
+        let count = |n| {
+            u32::try_from(n)
+                .ok()
+                .filter(|n| *n > 0)
+                .ok_or(E::InvalidValue)
+        };
+        let (blocks, threads) = (count(blocks)?, count(threads)?);
+        if resident(kernel, capability, threads, 0) < blocks {
+            return Err(E::InvalidValue);
+        }
+        let share = (shared_limit(capability) + 1024) / blocks;
+        // SAFETY: the caller's.
+        unsafe { put(bytes, (share - 1024 - kernel.shared) as usize) }
+    })
+}
+
+/// The largest block with which the most threads are at work, and how many blocks fill the device.
+///
+/// # Safety
+/// As in CUDA: `grid` and `block` are valid for writing; `shared_of`, if given, may be called with
+/// any block size.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSizeWithFlags(
+    grid: *mut c_int,
+    block: *mut c_int,
+    function: Handle,
+    shared_of: Option<unsafe extern "C" fn(c_int) -> usize>,
+    shared: usize,
+    limit: c_int,
+    _flags: c_uint,
+) -> CUresult {
+    let mut found = None;
+    let code = with(|s| {
+        let kernel = &s.functions.get(&function).ok_or(E::InvalidHandle)?.kernel;
+        found = Some((kernel.clone(), s.device.config.capability));
+        Ok(())
+    });
+    let Some((kernel, capability)) = found else {
+        return code;
+    };
+    // The lock is free again: `shared_of` may call the driver.
+    enter(|| {
+        let most = match u32::try_from(limit).map_err(|_| E::InvalidValue)? {
+            0 => kernel.max_threads.min(1024),
+            limit => limit.min(kernel.max_threads).min(1024),
+        };
+        let mut best = (0, 0);
+        let mut threads = most;
+        while threads > 0 {
+            // SAFETY: the caller's.
+            let dynamic = shared_of.map_or(shared, |f| unsafe { f(threads as c_int) });
+            let blocks = resident(&kernel, capability, threads, dynamic);
+            if blocks * threads > best.0 * best.1 {
+                best = (blocks, threads);
+            }
+            threads = (threads - 1) / 32 * 32;
+        }
+        // SAFETY: the caller's.
+        unsafe {
+            put(grid, (best.0 * multiprocessors(capability)) as c_int)?;
+            put(block, best.1 as c_int)
+        }
+    })
+}
+
+/// # Safety
+/// As [`cuOccupancyMaxPotentialBlockSizeWithFlags`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSize(
+    grid: *mut c_int,
+    block: *mut c_int,
+    function: Handle,
+    shared_of: Option<unsafe extern "C" fn(c_int) -> usize>,
+    shared: usize,
+    limit: c_int,
+) -> CUresult {
+    // SAFETY: the same contract.
+    unsafe {
+        cuOccupancyMaxPotentialBlockSizeWithFlags(
+            grid, block, function, shared_of, shared, limit, 0,
+        )
     }
 }

@@ -1,6 +1,6 @@
 //! Memory, copies, fills.
 
-use super::{CUdeviceptr, CUresult, E, Handle, Work, error, put, with};
+use super::{CUdeviceptr, CUresult, E, Handle, Work, error, put, put_if, with};
 use std::ffi::{c_int, c_uint, c_void};
 
 /// Handle of the pool that every device has.
@@ -20,24 +20,6 @@ pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) 
             .map_err(|e| error::refuse(E::OutOfMemory, e))?;
         // SAFETY: the caller's.
         unsafe { put(address, at) }
-    })
-}
-
-/// # Safety
-/// As in CUDA: `address` is valid for writing.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuMemAllocManaged(
-    address: *mut CUdeviceptr,
-    _bytes: usize,
-    _flags: c_uint,
-) -> CUresult {
-    let _ = address;
-    // The host would have to read through a device address.
-    with(|_| {
-        Err(error::refuse(
-            E::NotSupported,
-            "managed memory is not implemented",
-        ))
     })
 }
 
@@ -144,12 +126,8 @@ pub unsafe extern "C" fn cuMemGetAddressRange_v2(
         let (start, bytes) = s.device.memory().range_of(address).ok_or(E::NotFound)?;
         // SAFETY: the caller's.
         unsafe {
-            if !base.is_null() {
-                put(base, start)?;
-            }
-            if !size.is_null() {
-                put(size, bytes as usize)?;
-            }
+            put_if(base, start);
+            put_if(size, bytes as usize);
         }
         Ok(())
     })

@@ -4,12 +4,14 @@
 //! machinery of their own; errors of kernels still surface only in later calls, and stay. Handles
 //! are numbers that are looked up, never pointers that are followed.
 
+mod absent;
 mod attributes;
 mod context;
 mod error;
 mod execution;
 mod memory;
 mod stream;
+mod symbols;
 
 use crate::config::Config;
 use crate::device::{Device, Module};
@@ -292,6 +294,17 @@ unsafe fn put<T>(to: *mut T, value: T) -> Result<(), E> {
     // SAFETY: not null, and the caller promises the rest.
     unsafe { to.write(value) };
     Ok(())
+}
+
+/// Writes a result that the caller may not want.
+///
+/// # Safety
+/// `to` is null or valid for a `T`.
+unsafe fn put_if<T>(to: *mut T, value: T) {
+    if !to.is_null() {
+        // SAFETY: not null, and the caller promises the rest.
+        unsafe { to.write(value) };
+    }
 }
 
 /// Reads a C string.

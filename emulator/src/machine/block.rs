@@ -1,12 +1,12 @@
 //! One block: its warps, barriers, schedule, and what its instructions share.
 
 use super::code::*;
-use super::exchange::Shared;
 use super::execute::mix;
 use super::lanes::WARP;
 use super::launch::Launch;
 use super::memory::Allocation;
 use super::race::{SharedRaces, Touch};
+use super::shared::Shared;
 use super::warp::{Stop, Wait, Warp, lane_list};
 use crate::config::Schedule;
 use crate::report::{Counters, Finding, Kind};

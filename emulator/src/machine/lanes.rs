@@ -13,6 +13,30 @@ impl Lanes {
     pub const ZERO: Lanes = Lanes([0; WARP]);
 }
 
+/// Writes a lane of register `at`.
+#[inline(always)]
+pub fn set_lane(regs: &mut [Lanes], at: usize, lane: usize, wide: bool, bits: u64) {
+    if wide {
+        let pair = &mut regs[at..at + 2];
+        // SAFETY: two `Lanes` are 64 words, that is 32 u64, aligned to 64 bytes.
+        unsafe { *(pair.as_mut_ptr() as *mut u64).add(lane) = bits };
+    } else {
+        regs[at].0[lane] = bits as u32;
+    }
+}
+
+/// Reads a lane of register `at`.
+#[inline(always)]
+pub fn get_lane(regs: &[Lanes], at: usize, lane: usize, wide: bool) -> u64 {
+    if wide {
+        let pair = &regs[at..at + 2];
+        // SAFETY: as in `set_lane`.
+        unsafe { *(pair.as_ptr() as *const u64).add(lane) }
+    } else {
+        regs[at].0[lane] as u64
+    }
+}
+
 /// Computes a register from up to three others, for the lanes in the mask.
 ///
 /// # Safety

@@ -1,7 +1,9 @@
 //! The machine: decoded code, memory, warps, blocks, checks.
 
 mod access;
+mod barrier;
 pub mod block;
+mod calls;
 pub mod code;
 pub mod decode;
 mod exchange;
@@ -12,4 +14,5 @@ pub mod memory;
 mod mma;
 pub mod num;
 pub mod race;
+mod shared;
 pub mod warp;

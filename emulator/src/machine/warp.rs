@@ -1,14 +1,12 @@
 //! One warp: groups of lanes with a common program counter, frames, registers.
 
 use super::block::Context;
+use super::calls::Frame;
 use super::code::*;
-use super::lanes::{Lanes, WARP};
+use super::lanes::{Lanes, WARP, get_lane, set_lane};
 use crate::config::Schedule;
 use crate::report::{Finding, Kind};
-use std::mem::swap;
 
-/// Frames that calls may nest before it is a stack overflow.
-const MAX_FRAMES: u32 = 1000;
 /// Steps of a diverged warp after which another group gets a turn: a lane that spins for
 /// another lane of its warp must not keep it from running.
 const PATIENCE: u32 = 4096;
@@ -42,18 +40,6 @@ pub struct Group {
     pub frame: u32,
     /// What they wait for.
     pub wait: Wait,
-}
-
-/// Registers and local memory of a call.
-#[derive(Clone, Debug)]
-struct Frame {
-    function: u32,
-    base: usize,
-    pred_base: usize,
-    local_base: u32,
-    depth: u32,
-    parent: u32,
-    return_pc: u32,
 }
 
 /// Why a warp stopped running.
@@ -98,7 +84,7 @@ pub struct Warp {
     pub exited: u32,
     /// Groups of the remaining lanes.
     pub groups: Vec<Group>,
-    frames: Vec<Option<Frame>>,
+    pub(super) frames: Vec<Option<Frame>>,
     pub(super) regs: Vec<Lanes>,
     /// Per register, the lanes whose value was never written.
     pub(super) poison: Vec<u32>,
@@ -178,121 +164,16 @@ impl Warp {
         self.exists & !self.exited
     }
 
-    fn frame(&self, index: u32) -> &Frame {
-        match &self.frames[index as usize] {
-            Some(frame) => frame,
-            None => unreachable!("a group's frame is alive"),
-        }
-    }
-
-    fn push_frame(
-        &mut self,
-        ctx: &Context,
-        function: u32,
-        parent: Option<u32>,
-        return_pc: u32,
-        keep: bool,
-    ) -> u32 {
-        let f = &ctx.launch.kernel.functions[function as usize];
-        let (mut base, mut pred_base, mut local_base) = (0, 0, 0);
-        for frame in self.frames.iter().flatten() {
-            let g = &ctx.launch.kernel.functions[frame.function as usize];
-            base = base.max(frame.base + g.slots as usize);
-            pred_base = pred_base.max(frame.pred_base + g.preds as usize);
-            local_base = local_base.max(frame.local_base + g.local);
-        }
-        let depth = parent.map_or(0, |p| self.frame(p).depth + 1);
-        let slots = f.slots as usize;
-        self.regs
-            .resize(self.regs.len().max(base + slots), Lanes::ZERO);
-        self.poison.resize(self.regs.len(), 0);
-        self.preds
-            .resize(self.preds.len().max(pred_base + f.preds as usize), 0);
-        self.pred_poison.resize(self.preds.len(), 0);
-        self.poison[base..base + slots].fill(!0);
-        self.pred_poison[pred_base..pred_base + f.preds as usize].fill(!0);
-        self.preds[pred_base] = !0;
-        self.pred_poison[pred_base] = 0;
-        for (slot, wide, start) in &f.starts {
-            let at = base + *slot as usize;
-            self.poison[at] = 0;
-            let changes = matches!(start, Start::Special(Special::Ctaid(_) | Special::Smid));
-            if keep && !changes {
-                continue;
-            }
-            for lane in 0..WARP {
-                let bits = match start {
-                    Start::Bits(bits) => *bits,
-                    Start::Local(offset) => (local_base + offset) as u64,
-                    Start::Special(special) => ctx.special(*special, self.id, lane as u32),
-                };
-                self.set(at, lane, *wide, bits);
-            }
-        }
-        let top = (local_base + f.local) as usize;
-        for lane in 0..WARP {
-            if self.local[lane].len() < top {
-                self.local[lane].resize(top, 0);
-                self.local_valid[lane].resize(top.div_ceil(8), 0);
-            }
-            // Whatever an earlier call left there is not this call's.
-            self.local_valid[lane][local_base as usize / 8..top.div_ceil(8)].fill(0);
-        }
-        let parent = parent.unwrap_or(u32::MAX);
-        let frame = Frame {
-            function,
-            base,
-            pred_base,
-            local_base,
-            depth,
-            parent,
-            return_pc,
-        };
-        match self.frames.iter().position(Option::is_none) {
-            Some(free) => {
-                self.frames[free] = Some(frame);
-                free as u32
-            }
-            None => {
-                self.frames.push(Some(frame));
-                self.frames.len() as u32 - 1
-            }
-        }
-    }
-
-    /// Drops frames that no group is in, or in a callee of.
-    fn drop_frames(&mut self) {
-        while let Some(dead) = (1..self.frames.len() as u32).find(|&i| {
-            self.frames[i as usize].is_some()
-                && !self.groups.iter().any(|g| g.frame == i)
-                && !self.frames.iter().flatten().any(|f| f.parent == i)
-        }) {
-            self.frames[dead as usize] = None;
-        }
-    }
-
     /// Writes a lane of a register.
     #[inline(always)]
     pub(super) fn set(&mut self, at: usize, lane: usize, wide: bool, bits: u64) {
-        if wide {
-            let pair = &mut self.regs[at..at + 2];
-            // SAFETY: two `Lanes` are 64 words, that is 32 u64, aligned to 64 bytes.
-            unsafe { *(pair.as_mut_ptr() as *mut u64).add(lane) = bits };
-        } else {
-            self.regs[at].0[lane] = bits as u32;
-        }
+        set_lane(&mut self.regs, at, lane, wide, bits);
     }
 
     /// Reads a lane of a register.
     #[inline(always)]
     pub(super) fn get(&self, at: usize, lane: usize, wide: bool) -> u64 {
-        if wide {
-            let pair = &self.regs[at..at + 2];
-            // SAFETY: as in `set`.
-            unsafe { *(pair.as_ptr() as *const u64).add(lane) }
-        } else {
-            self.regs[at].0[lane] as u64
-        }
+        get_lane(&self.regs, at, lane, wide)
     }
 
     #[inline(always)]
@@ -576,128 +457,6 @@ impl Warp {
         }
     }
 
-    fn call(
-        &mut self,
-        ctx: &Context,
-        instr: &Instr,
-        call: &CallOp,
-        at: usize,
-        pc: u32,
-        active: u32,
-        bases: Bases,
-    ) -> Result<(), Box<Finding>> {
-        let functions = &ctx.launch.kernel.functions;
-        let mut now = active;
-        let index = match call.target {
-            Ok(index) => index,
-            Err(slot) => {
-                let slot = bases.regs + slot as usize;
-                ctx.check_poison(
-                    self,
-                    instr,
-                    self.poison[slot] & active,
-                    "a function address",
-                )?;
-                // Lanes that call the first lane's target go first; the others stay here.
-                let lane = active.trailing_zeros() as usize;
-                let address = self.get(slot, lane, true);
-                now = (0..WARP)
-                    .filter(|&l| active >> l & 1 == 1 && self.get(slot, l, true) == address)
-                    .fold(0, |m, l| m | 1 << l);
-                match address.checked_sub(CODE_WINDOW) {
-                    Some(i) if i > 0 && i < functions.len() as u64 => i as u32,
-                    _ => {
-                        let message = format!("call of {address:#x}, which is not a function");
-                        return Err(ctx.fault(self, instr, Kind::Invalid, lane as u32, message));
-                    }
-                }
-            }
-        };
-        let callee = &functions[index as usize];
-        let Group { mask, frame, .. } = self.groups[at];
-        let lane = now.trailing_zeros();
-        if self.frame(frame).depth >= MAX_FRAMES {
-            let message = format!("calls are nested deeper than {MAX_FRAMES}");
-            return Err(ctx.fault(self, instr, Kind::StackOverflow, lane, message));
-        }
-        if callee.params.len() != call.args.len() || callee.returns.len() != call.returns.len() {
-            let message = format!(
-                "{} is called with the wrong number of parameters",
-                callee.name
-            );
-            return Err(ctx.fault(self, instr, Kind::Invalid, lane, message));
-        }
-        let new = self.push_frame(ctx, index, Some(frame), pc + 1, false);
-        let local = self.frame(new).local_base;
-        for ((from, _), (to, size)) in call.args.iter().zip(&callee.params) {
-            self.copy_local(now, bases.local + from, local + to, *size);
-        }
-        // Lanes with a false guard go on; lanes with another target stay.
-        let (stay, go_on) = (active & !now, mask & !active);
-        self.groups[at] = Group {
-            pc: callee.entry,
-            mask: now,
-            frame: new,
-            wait: Wait::None,
-        };
-        for (pc, mask) in [(pc, stay), (pc + 1, go_on)] {
-            if mask != 0 {
-                self.groups.push(Group {
-                    pc,
-                    mask,
-                    frame,
-                    wait: Wait::None,
-                });
-            }
-        }
-        Ok(())
-    }
-
-    fn ret(&mut self, ctx: &Context, at: usize, pc: u32, active: u32) {
-        let Group { mask, frame, .. } = self.groups[at];
-        let Frame {
-            function,
-            local_base,
-            parent,
-            return_pc,
-            ..
-        } = *self.frame(frame);
-        let callee = &ctx.launch.kernel.functions[function as usize];
-        let caller = self.frame(parent).local_base;
-        if let Op::Call(call) = &ctx.launch.kernel.code[return_pc as usize - 1].op {
-            for ((to, _), (from, size)) in call.returns.iter().zip(&callee.returns) {
-                self.copy_local(active, local_base + from, caller + to, *size);
-            }
-        }
-        self.groups[at] = Group {
-            pc: return_pc,
-            mask: active,
-            frame: parent,
-            wait: Wait::None,
-        };
-        if mask != active {
-            self.groups.push(Group {
-                pc: pc + 1,
-                mask: mask & !active,
-                frame,
-                wait: Wait::None,
-            });
-        }
-        self.drop_frames();
-    }
-
-    fn copy_local(&mut self, mask: u32, from: u32, to: u32, size: u32) {
-        for lane in (0..WARP).filter(|l| mask >> l & 1 == 1) {
-            self.local[lane].copy_within(from as usize..(from + size) as usize, to as usize);
-            let valid = &mut self.local_valid[lane];
-            for i in 0..size {
-                let (f, t) = ((from + i) as usize, (to + i) as usize);
-                let bit = valid[f / 8] >> (f % 8) & 1;
-                valid[t / 8] = valid[t / 8] & !(1 << (t % 8)) | bit << (t % 8);
-            }
-        }
-    }
-
     fn branch_table(
         &mut self,
         ctx: &mut Context,
@@ -738,151 +497,6 @@ impl Warp {
             });
         }
         Ok(())
-    }
-
-    /// Arrival at a block barrier. Gives its number once the group waits there (or has arrived),
-    /// nothing while lanes of the warp are missing.
-    fn barrier(
-        &mut self,
-        ctx: &mut Context,
-        instr: &Instr,
-        at: usize,
-        active: u32,
-        bases: Bases,
-        id: Slot,
-        count: Option<Slot>,
-        aligned: bool,
-        arrive: bool,
-        reduce: Option<(BarReduce, u32, Pred, bool)>,
-    ) -> Result<Option<usize>, Box<Finding>> {
-        let Group {
-            pc, mask, frame, ..
-        } = self.groups[at];
-        let lane = active.trailing_zeros();
-        if aligned && active != self.live() {
-            let gone = self.exited & self.exists;
-            if gone != 0 && self.groups.len() == 1 && mask == active {
-                return Err(self.diverged(ctx, instr, lane));
-            }
-            // Lanes switched off go on; these wait for the rest of the warp.
-            self.groups[at].mask = active;
-            self.groups[at].wait = Wait::Aligned;
-            if mask != active {
-                self.groups.push(Group {
-                    pc: pc + 1,
-                    mask: mask & !active,
-                    frame,
-                    wait: Wait::None,
-                });
-            }
-            return Ok(None);
-        }
-        if aligned && self.exited & self.exists != 0 {
-            return Err(self.diverged(ctx, instr, lane));
-        }
-        let id_at = bases.regs + id as usize;
-        ctx.check_poison(self, instr, self.poison[id_at] & active, "a barrier number")?;
-        let id = self.regs[id_at].0[lane as usize];
-        if id >= 16 {
-            let message = format!("barrier {id}: there are 16");
-            return Err(ctx.fault(self, instr, Kind::Invalid, lane, message));
-        }
-        let id = id as usize;
-        let expected = match count {
-            Some(slot) => {
-                let n = self.regs[bases.regs + slot as usize].0[lane as usize];
-                if n == 0 || !n.is_multiple_of(32) || n > 1024 {
-                    let message = format!("barrier of {n} threads: must be a multiple of 32");
-                    return Err(ctx.fault(self, instr, Kind::Invalid, lane, message));
-                }
-                Some(n)
-            }
-            None => None,
-        };
-        ctx.counters.barriers += 1;
-        // A whole warp counts as 32 even where the block ends within it.
-        let units = if aligned { 32 } else { active.count_ones() };
-        if let Err(message) = ctx.arrive(self.id, id, active.count_ones(), units, expected) {
-            return Err(ctx.fault(self, instr, Kind::Deadlock, lane, message));
-        }
-        let mut slot = None;
-        if let Some((kind, d, p, negate)) = reduce {
-            let p = bases.preds + p as usize;
-            let value = (if negate {
-                !self.preds[p]
-            } else {
-                self.preds[p]
-            }) & active;
-            ctx.check_poison(self, instr, self.pred_poison[p] & active, "a predicate")?;
-            ctx.reduce(id, value.count_ones(), active.count_ones());
-            let base = if kind == BarReduce::Popc {
-                bases.regs
-            } else {
-                bases.preds
-            };
-            slot = Some((kind, base + d as usize));
-        }
-        let rest = mask & !active;
-        if arrive {
-            self.groups[at].pc = pc + 1;
-        } else {
-            self.groups[at].mask = active;
-            self.groups[at].wait = Wait::Barrier { id, reduce: slot };
-            if rest != 0 {
-                self.groups.push(Group {
-                    pc: pc + 1,
-                    mask: rest,
-                    frame,
-                    wait: Wait::None,
-                });
-            }
-        }
-        Ok(Some(id))
-    }
-
-    fn diverged(&self, ctx: &Context, instr: &Instr, lane: u32) -> Box<Finding> {
-        let message = format!(
-            "divergent barrier: lanes {} of warp {} have exited and never reach it",
-            lane_list(self.exited & self.exists),
-            self.id
-        );
-        ctx.fault(self, instr, Kind::BarrierDivergence, lane, message)
-    }
-
-    /// Lets the groups that wait at a barrier go on.
-    pub fn release(&mut self, id: usize, popc: u32, all: bool) -> bool {
-        let mut released = false;
-        let mut groups = std::mem::take(&mut self.groups);
-        for g in &mut groups {
-            let Wait::Barrier { id: at, reduce } = g.wait else {
-                continue;
-            };
-            if at != id {
-                continue;
-            }
-            match reduce {
-                Some((BarReduce::Popc, d)) => {
-                    for lane in (0..WARP).filter(|l| g.mask >> l & 1 == 1) {
-                        self.regs[d].0[lane] = popc;
-                    }
-                    self.set_poison(d, g.mask, 0);
-                }
-                Some((kind, d)) => {
-                    let value = if kind == BarReduce::And {
-                        all
-                    } else {
-                        popc > 0
-                    };
-                    self.set_pred(d, g.mask, if value { !0 } else { 0 }, 0);
-                }
-                None => {}
-            }
-            g.wait = Wait::None;
-            g.pc += 1;
-            released = true;
-        }
-        swap(&mut self.groups, &mut groups);
-        released
     }
 }
 

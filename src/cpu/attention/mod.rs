@@ -7,18 +7,19 @@
 mod backward;
 mod forward;
 mod keys;
-mod segments;
 mod tile;
 
 use super::pool::SharedMut;
 use super::{Cpu, CpuBuf};
-use crate::attention::{Attention, CHUNK, Heads, PagedSequence, Segment};
+use crate::attention::{
+    Attention, CHUNK, Heads, PagedBatch, Segment, check_attention, check_attention_backward,
+    check_cache_write, check_disjoint, check_paged,
+};
 use crate::error::{check_indices, check_len};
 use crate::{Error, Result};
 use backward::{Gradients, Reader, RowDots, key_gradient, query_gradient};
 use forward::{Block, block_rows};
 use keys::Keys;
-use segments::{check_disjoint, owners};
 use tile::padded;
 
 impl Cpu {
@@ -117,12 +118,7 @@ impl Attention for Cpu {
         out: &mut CpuBuf<f32>,
         lse: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "attention";
-        heads.check(OP)?;
-        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(heads.qkv_width()))?;
-        check_len(OP, "out", out.len(), rows.saturating_mul(heads.out_width()))?;
-        check_len(OP, "lse", lse.len(), rows.saturating_mul(heads.q_heads))?;
-        owners(OP, rows, segments)?;
+        check_attention(rows, heads, segments, [qkv.len(), out.len(), lse.len()])?;
         self.attend(packed_blocks(heads, scale, segments, qkv), out, Some(lse));
         Ok(())
     }
@@ -140,18 +136,10 @@ impl Attention for Cpu {
         delta: &mut CpuBuf<f32>,
         dqkv: &mut CpuBuf<f32>,
     ) -> Result<()> {
-        const OP: &str = "attention_backward";
-        heads.check(OP)?;
-        let outputs = rows.saturating_mul(heads.out_width());
-        let lines = rows.saturating_mul(heads.q_heads);
-        let inputs = rows.saturating_mul(heads.qkv_width());
-        check_len(OP, "qkv", qkv.len(), inputs)?;
-        check_len(OP, "out", out.len(), outputs)?;
-        check_len(OP, "lse", lse.len(), lines)?;
-        check_len(OP, "dout", dout.len(), outputs)?;
-        check_len(OP, "delta", delta.len(), lines)?;
-        check_len(OP, "dqkv", dqkv.len(), inputs)?;
-        let owners = owners(OP, rows, segments)?;
+        let inputs = [qkv.len(), out.len(), lse.len()];
+        let lens = [inputs, [dout.len(), delta.len(), dqkv.len()]];
+        let owners = check_attention_backward(rows, heads, segments, lens)?;
+        let lines = rows * heads.q_heads;
 
         let Heads { head_dim, .. } = heads;
         let (group, width) = (heads.group(), padded(head_dim));
@@ -262,11 +250,9 @@ impl Attention for Cpu {
         v_cache: &mut CpuBuf<f32>,
     ) -> Result<()> {
         const OP: &str = "cache_write";
-        heads.check(OP)?;
         let width = heads.kv_width();
-        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(heads.qkv_width()))?;
-        check_len(OP, "slots", slots.len(), rows)?;
-        let limit = cache_pages(heads, k_cache, v_cache) * CHUNK;
+        let lens = [qkv.len(), slots.len(), k_cache.len(), v_cache.len()];
+        let limit = check_cache_write(rows, heads, lens)? * CHUNK;
         check_indices(OP, "slots", &slots[..rows], limit)?;
         for (row, &slot) in qkv.chunks_exact(heads.qkv_width()).zip(&slots[..rows]) {
             let (keys, values) = row[heads.k_offset()..].split_at(width);
@@ -281,22 +267,27 @@ impl Attention for Cpu {
         &self,
         heads: Heads,
         scale: f32,
-        sequences: &[PagedSequence],
-        pages: &CpuBuf<u32>,
+        batch: PagedBatch<'_, Cpu>,
         qkv: &CpuBuf<f32>,
         k_cache: &CpuBuf<f32>,
         v_cache: &CpuBuf<f32>,
         out: &mut CpuBuf<f32>,
     ) -> Result<()> {
         const OP: &str = "attention_paged";
-        heads.check(OP)?;
+        let PagedBatch { rows, pages, .. } = batch;
+        let lens = [qkv.len(), k_cache.len(), v_cache.len(), out.len()];
+        let limit = check_paged(heads, batch, lens)?;
+        let sequences = &batch.sequences[..batch.count];
         let runs = sequences
             .iter()
             .map(|s| (s.q_start as usize, s.q_len as usize));
-        let rows = check_disjoint(OP, runs)?;
-        check_len(OP, "qkv", qkv.len(), rows.saturating_mul(heads.qkv_width()))?;
-        check_len(OP, "out", out.len(), rows.saturating_mul(heads.out_width()))?;
-        let limit = cache_pages(heads, k_cache, v_cache);
+        let end = check_disjoint(OP, runs)?;
+        if end > rows {
+            return Err(Error::invalid(
+                OP,
+                format!("a sequence's queries end at row {end}, beyond the {rows} rows"),
+            ));
+        }
         let mut blocks = Vec::new();
         for (index, sequence) in sequences.iter().enumerate() {
             let (q_len, context) = (sequence.q_len as usize, sequence.context as usize);
@@ -308,6 +299,16 @@ impl Attention for Cpu {
             }
             if q_len == 0 {
                 continue;
+            }
+            let (max_q_len, max_context) = (batch.max_q_len, batch.max_context);
+            if q_len > max_q_len || context > max_context {
+                return Err(Error::invalid(
+                    OP,
+                    format!(
+                        "sequence {index} has {q_len} queries in a context of {context}, the \
+                         batch allows {max_q_len} in {max_context}"
+                    ),
+                ));
             }
             let first = sequence.first_page as usize;
             let end = first + context.div_ceil(CHUNK);
@@ -336,9 +337,4 @@ impl Attention for Cpu {
         self.attend(blocks, out, None);
         Ok(())
     }
-}
-
-/// Whole pages that both caches hold.
-fn cache_pages(heads: Heads, k_cache: &[f32], v_cache: &[f32]) -> usize {
-    k_cache.len().min(v_cache.len()) / heads.kv_width() / CHUNK
 }

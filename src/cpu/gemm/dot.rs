@@ -12,7 +12,7 @@
 
 use super::Stored;
 use crate::cpu::scratch::Scratch;
-use crate::cpu::simd::{Kernel, Level, Simd};
+use crate::cpu::simd::{Kernel, Level, Simd, prefetch};
 
 /// Most inputs that one vector accumulates: 4 rows of x and 3 of w are 28 KiB of L1.
 const CHUNK: usize = 1024;
@@ -20,6 +20,8 @@ const CHUNK: usize = 1024;
 pub(crate) const PANEL: usize = 48;
 /// The same where weights are read once or twice: whole tiles, near each other in memory.
 const NARROW: usize = 12;
+/// Up to here, the weights come from memory faster than the rows use them up.
+const FEW: usize = 16;
 /// From here on, a panel of bf16 is widened once rather than at each read.
 const WIDEN: usize = 9;
 
@@ -97,9 +99,10 @@ impl<W: Stored> Kernel for Write<'_, '_, W> {
                             copy::<S, W>(w.add(o * d.inputs), to, len);
                         }
                         let w = wide.as_ptr();
-                        sweep::<S, f32>(x, d.inputs, w, padded, len, d.rows, outputs, out);
+                        sweep::<S, f32>(x, d.inputs, w, padded, len, d.rows, outputs, false, out);
                     } else {
-                        sweep::<S, W>(x, d.inputs, w, d.inputs, len, d.rows, outputs, out);
+                        let fetch = d.rows <= FEW;
+                        sweep::<S, W>(x, d.inputs, w, d.inputs, len, d.rows, outputs, fetch, out);
                     }
                 }
             }
@@ -156,7 +159,8 @@ pub(super) unsafe fn copy<S: Simd, W: Stored>(from: *const W, to: *mut f32, len:
     }
 }
 
-/// All rows against all outputs of a panel, over one chunk.
+/// All rows against all outputs of a panel, over one chunk. With `fetch`, eight rows at a time while
+/// memory brings the weights.
 ///
 /// # Safety
 /// As [`Simd`]; `rows` rows of `x`, `outputs` rows of `w` and `rows` x `outputs` of `out` are valid.
@@ -169,55 +173,71 @@ unsafe fn sweep<S: Simd, W: Stored>(
     len: usize,
     rows: usize,
     outputs: usize,
+    fetch: bool,
     out: Out,
 ) {
     // SAFETY: by the caller; every tile is inside of the rows and outputs.
     unsafe {
         let mut r = 0;
+        // `$tiles` tiles of `$rows` rows read the same weights, the second time from L1.
         macro_rules! rows {
-            ($rows:literal, $outputs:literal) => {{
-                let x = x.add(r * x_stride);
-                let out = Out {
-                    y: out.y.add(r * out.stride),
-                    ..out
-                };
+            ($tiles:literal, $rows:literal, $outputs:literal, $fetch:literal) => {{
                 let mut o = 0;
-                while o + $outputs <= outputs {
-                    tile::<S, W, $rows, $outputs>(x, x_stride, w, w_stride, len, out, o);
-                    o += $outputs;
-                }
                 while o < outputs {
-                    tile::<S, W, $rows, 1>(x, x_stride, w, w_stride, len, out, o);
-                    o += 1;
+                    let whole = o + $outputs <= outputs;
+                    for t in 0..$tiles {
+                        let x = x.add((r + t * $rows) * x_stride);
+                        let out = Out {
+                            y: out.y.add((r + t * $rows) * out.stride),
+                            ..out
+                        };
+                        if !whole {
+                            tile::<S, W, $rows, 1, false>(x, x_stride, w, w_stride, len, out, o);
+                        } else if $fetch && t == 0 {
+                            tile::<S, W, $rows, $outputs, true>(
+                                x, x_stride, w, w_stride, len, out, o,
+                            );
+                        } else {
+                            tile::<S, W, $rows, $outputs, false>(
+                                x, x_stride, w, w_stride, len, out, o,
+                            );
+                        }
+                    }
+                    o += if whole { $outputs } else { 1 };
                 }
-                r += $rows;
+                r += $tiles * $rows;
             }};
         }
         // Accumulators, one vector of w each and one of x fill 16 or 32 registers.
         if S::REGISTERS >= 32 {
             while r + 8 <= rows {
-                rows!(8, 3);
+                rows!(1, 8, 3, true);
+            }
+        } else if fetch {
+            while r + 8 <= rows {
+                rows!(2, 4, 3, true);
             }
         }
         while r + 4 <= rows {
-            rows!(4, 3);
+            rows!(1, 4, 3, false);
         }
         match rows - r {
-            3 => rows!(3, 4),
-            2 => rows!(2, 4),
-            1 => rows!(1, 4),
+            3 => rows!(1, 3, 4, true),
+            2 => rows!(1, 2, 4, true),
+            1 => rows!(1, 1, 4, true),
             _ => {}
         }
         debug_assert_eq!(r, rows);
     }
 }
 
-/// The dot products of `R` rows and the outputs `o .. o + O`, over one chunk.
+/// The dot products of `R` rows and the outputs `o .. o + O`, over one chunk. With `FETCH`, memory is
+/// asked for the weights of the next tile meanwhile: rows are too short for the processor to guess.
 ///
 /// # Safety
 /// As [`sweep`].
 #[inline(always)]
-unsafe fn tile<S: Simd, W: Stored, const R: usize, const O: usize>(
+unsafe fn tile<S: Simd, W: Stored, const R: usize, const O: usize, const FETCH: bool>(
     x: *const f32,
     x_stride: usize,
     w: *const W,
@@ -234,7 +254,11 @@ unsafe fn tile<S: Simd, W: Stored, const R: usize, const O: usize>(
         while i + S::LANES <= len {
             let mut wv = [S::zero(); O];
             for (c, wv) in wv.iter_mut().enumerate() {
-                *wv = W::load::<S>(w.add(c * w_stride + i));
+                let w = w.add(c * w_stride + i);
+                *wv = W::load::<S>(w);
+                if FETCH {
+                    prefetch(w.wrapping_add(O * w_stride));
+                }
             }
             for (r, acc) in acc.iter_mut().enumerate() {
                 let xv = S::load(x.add(r * x_stride + i));

@@ -5,15 +5,16 @@ use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use dust_kernels::adamw::{AdamW, AdamWConfig};
-use dust_kernels::{Buffer, Cpu, Device};
+use dust_kernels::Backend;
+use dust_kernels::adamw::AdamWConfig;
 use serde::Serialize;
 
 use super::InputError;
 use super::model::{Loaded, ModelArgs};
 use crate::checkpoint::Checkpoint;
 use crate::interrupt::{self, Interrupted};
-use crate::model::{Batch, Model, Params, Purpose, Storage, Stored, Workspace};
+use crate::model::{Batch, Model, Purpose, Storage, Workspace};
+use crate::pipeline::train::Optimizer;
 use crate::rollout::{Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
 
 /// Measure tokens per second: prefill, decode, training.
@@ -70,7 +71,7 @@ struct SharedPrefix {
     speedup: f64,
 }
 
-pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
+pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
     let rounds = usize::from(args.rounds);
     let mut out = io::stdout();
     let checkpoint = Checkpoint::open(&args.model.model)?;
@@ -81,7 +82,7 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
         return Err(InputError::new(&args.model.model, "context", problem, remedy).into());
     }
     if args.shared_prefix {
-        let found = shared_prefix(cpu, &checkpoint, rounds)?;
+        let found = shared_prefix(device, &checkpoint, rounds)?;
         return if args.json {
             print_json(&found)
         } else {
@@ -97,17 +98,18 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
         };
     }
 
-    let loaded = args.model.load(cpu)?;
-    let prefill_512 = prefill(cpu, &loaded.model, rounds)?;
+    let dtype = Storage::on::<B>(args.model.dtype)?;
+    let loaded = args.model.load(device)?;
+    let prefill_512 = prefill(device, &loaded.model, rounds)?;
     let [decode_1, decode_8, decode_16] = [
-        decode(cpu, &loaded, rounds, 1)?,
-        decode(cpu, &loaded, rounds, 8)?,
-        decode(cpu, &loaded, rounds, 16)?,
+        decode(device, &loaded, rounds, 1)?,
+        decode(device, &loaded, rounds, 8)?,
+        decode(device, &loaded, rounds, 16)?,
     ];
     drop(loaded.model);
-    let train_4x512 = train(cpu, &checkpoint, rounds)?;
+    let train_4x512 = train(device, &checkpoint, rounds)?;
     let speeds = Speeds {
-        dtype: args.model.dtype,
+        dtype,
         prefill_512,
         decode_1,
         decode_8,
@@ -117,8 +119,8 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
     if args.json {
         return print_json(&speeds);
     }
-    let dtype = serde_json::to_value(args.model.dtype)?;
-    writeln!(out, "{} on {}, tokens/s", args.model.model, cpu.name())?;
+    let dtype = serde_json::to_value(dtype)?;
+    writeln!(out, "{} on {}, tokens/s", args.model.model, device.name())?;
     for (name, dtype, value) in [
         ("prefill 512", dtype.as_str(), prefill_512),
         ("decode 1", dtype.as_str(), decode_1),
@@ -140,20 +142,25 @@ fn print_json(value: &impl Serialize) -> Result<()> {
     Ok(())
 }
 
-fn prefill(cpu: &Cpu, model: &Model<Cpu>, rounds: usize) -> Result<f64> {
-    let mut workspace = Workspace::new(cpu, &model.config, PREFILL, Purpose::Forward)?;
+fn prefill<B: Backend>(device: &B, model: &Model<B>, rounds: usize) -> Result<f64> {
+    let mut workspace = Workspace::new(device, &model.config, PREFILL, Purpose::Forward)?;
     let mut batch = Batch::new();
     batch.push_group(&tokens(PREFILL, 0, model), &[[1]]);
     let time = median(rounds, || {
         let start = Instant::now();
-        model.forward(cpu, &mut workspace, &batch)?;
-        model.logprobs(cpu, &mut workspace, &batch, 1.0)?;
+        model.forward(device, &mut workspace, &batch)?;
+        model.logprobs(device, &mut workspace, &batch, 1.0)?;
         Ok(start.elapsed())
     })?;
     Ok(PREFILL as f64 / time)
 }
 
-fn decode(cpu: &Cpu, loaded: &Loaded, rounds: usize, samples: usize) -> Result<f64> {
+fn decode<B: Backend>(
+    device: &B,
+    loaded: &Loaded<B>,
+    rounds: usize,
+    samples: usize,
+) -> Result<f64> {
     let model = &loaded.model;
     // Prompts start one step after the other; the clock runs while all samples do.
     let settings = SamplingSettings {
@@ -161,7 +168,7 @@ fn decode(cpu: &Cpu, loaded: &Loaded, rounds: usize, samples: usize) -> Result<f
         ..SamplingSettings::default()
     };
     let config = EngineConfig::for_length(samples, DECODE_PROMPT + settings.max_tokens);
-    let mut engine = Engine::new(cpu, model, config)?;
+    let mut engine = Engine::new(device, model, config)?;
     let requests: Vec<Request> = (0..samples)
         .map(|i| Request {
             prompt: tokens(DECODE_PROMPT, i, model),
@@ -177,7 +184,7 @@ fn decode(cpu: &Cpu, loaded: &Loaded, rounds: usize, samples: usize) -> Result<f
     let time = median(rounds, || {
         let mut produced = vec![0usize; samples];
         let (mut started, mut counted, mut elapsed) = (None::<Instant>, 0, Duration::ZERO);
-        engine.generate(cpu, model, &requests, &settings, stops, &mut |event| {
+        engine.generate(device, model, &requests, &settings, stops, &mut |event| {
             let Event::Token(request, ..) = event else {
                 // One sample less is another batch size.
                 return ControlFlow::Break(());
@@ -208,19 +215,23 @@ fn decode(cpu: &Cpu, loaded: &Loaded, rounds: usize, samples: usize) -> Result<f
     Ok(samples as f64 / time)
 }
 
-fn train(cpu: &Cpu, checkpoint: &Checkpoint, rounds: usize) -> Result<f64> {
-    let mut trainer = Trainer::new(cpu, checkpoint, TRAIN.0 * TRAIN.1, false)?;
+fn train<B: Backend>(device: &B, checkpoint: &Checkpoint, rounds: usize) -> Result<f64> {
+    let mut trainer = Trainer::new(device, checkpoint, TRAIN.0 * TRAIN.1, false)?;
     let mut batch = Batch::new();
     for i in 0..TRAIN.0 {
         batch.push_text(&tokens(TRAIN.1 + 1, i, &trainer.model));
     }
-    let time = median(rounds, || trainer.step(cpu, &batch))?;
+    let time = median(rounds, || trainer.step(device, &batch))?;
     Ok((TRAIN.0 * TRAIN.1) as f64 / time)
 }
 
-fn shared_prefix(cpu: &Cpu, checkpoint: &Checkpoint, rounds: usize) -> Result<SharedPrefix> {
+fn shared_prefix<B: Backend>(
+    device: &B,
+    checkpoint: &Checkpoint,
+    rounds: usize,
+) -> Result<SharedPrefix> {
     let (prompt, answers, answer) = GROUP;
-    let mut trainer = Trainer::new(cpu, checkpoint, answers * (prompt + answer), true)?;
+    let mut trainer = Trainer::new(device, checkpoint, answers * (prompt + answer), true)?;
     let prompt = tokens(prompt, 0, &trainer.model);
     let answers: Vec<_> = (1..=answers)
         .map(|i| tokens(answer, i, &trainer.model))
@@ -230,8 +241,8 @@ fn shared_prefix(cpu: &Cpu, checkpoint: &Checkpoint, rounds: usize) -> Result<Sh
     for answer in &answers {
         unshared.push_group(&prompt, &[answer]);
     }
-    let shared_step_s = median(rounds, || trainer.step(cpu, &shared))?;
-    let unshared_step_s = median(rounds, || trainer.step(cpu, &unshared))?;
+    let shared_step_s = median(rounds, || trainer.step(device, &shared))?;
+    let unshared_step_s = median(rounds, || trainer.step(device, &unshared))?;
     Ok(SharedPrefix {
         shared_step_s,
         unshared_step_s,
@@ -240,72 +251,39 @@ fn shared_prefix(cpu: &Cpu, checkpoint: &Checkpoint, rounds: usize) -> Result<Sh
 }
 
 /// What a training step needs.
-struct Trainer {
-    model: Model<Cpu>,
-    workspace: Workspace<Cpu>,
-    grads: Params<<Cpu as Device>::Buf<f32>>,
-    moments: [Params<<Cpu as Device>::Buf<f32>>; 2],
-    squares: <Cpu as Device>::Buf<f32>,
-    norm: <Cpu as Device>::Buf<f32>,
-    scale: <Cpu as Device>::Buf<f32>,
-    optimizer: AdamWConfig,
+struct Trainer<B: Backend> {
+    model: Model<B>,
+    workspace: Workspace<B>,
+    optimizer: Optimizer<B>,
 }
 
-impl Trainer {
-    fn new(cpu: &Cpu, checkpoint: &Checkpoint, rows: usize, recompute: bool) -> Result<Self> {
-        let model = Model::load(cpu, checkpoint, Storage::F32, true)?;
+impl<B: Backend> Trainer<B> {
+    fn new(device: &B, checkpoint: &Checkpoint, rows: usize, recompute: bool) -> Result<Self> {
+        let model = Model::load(device, checkpoint, Storage::on::<B>(None)?, true)?;
         Ok(Self {
-            workspace: Workspace::new(cpu, &model.config, rows, Purpose::Train { recompute })?,
-            grads: model.zeros_like(cpu)?,
-            moments: [model.zeros_like(cpu)?, model.zeros_like(cpu)?],
-            squares: cpu.zeros(model.params.iter().count())?,
-            norm: cpu.zeros(1)?,
-            scale: cpu.zeros(1)?,
-            // So small a rate leaves the weights as they are, and the work with them.
-            optimizer: AdamWConfig {
-                learning_rate: 1e-9,
-                step: 0,
-                ..AdamWConfig::default()
-            },
+            workspace: Workspace::new(device, &model.config, rows, Purpose::Train { recompute })?,
+            optimizer: Optimizer::new(device, &model)?,
             model,
         })
     }
 
     /// One step that raises the mean log-probability of the batch's targets.
-    fn step(&mut self, cpu: &Cpu, batch: &Batch) -> Result<Duration> {
+    fn step(&mut self, device: &B, batch: &Batch) -> Result<Duration> {
         let start = Instant::now();
-        self.model.forward(cpu, &mut self.workspace, batch)?;
-        self.model.logprobs(cpu, &mut self.workspace, batch, 1.0)?;
+        self.model.forward(device, &mut self.workspace, batch)?;
+        self.model
+            .logprobs(device, &mut self.workspace, batch, 1.0)?;
         let targets = batch.targets.len();
         let slopes = vec![-1.0 / targets as f32; targets];
-        cpu.write(&mut self.workspace.head.dlogprob, 0, &slopes)?;
-        for grad in self.grads.iter_mut() {
-            cpu.fill_zero(grad)?;
-        }
-        self.model
-            .backward(cpu, &mut self.workspace, batch, &mut self.grads)?;
-        for (i, grad) in self.grads.iter().enumerate() {
-            cpu.sum_of_squares(grad.len(), grad, &mut self.squares, i)?;
-        }
-        let count = self.squares.len();
-        cpu.clip_scale(count, 1.0, &self.squares, &mut self.norm, &mut self.scale)?;
-        self.optimizer.step += 1;
-        let [m, v] = &mut self.moments;
-        let state = self.grads.iter().zip(m.iter_mut()).zip(v.iter_mut());
-        for (param, ((grad, m), v)) in self.model.params.iter_mut().zip(state) {
-            if let Stored::F32(param) = param {
-                cpu.adamw(
-                    &self.optimizer,
-                    grad.len(),
-                    &self.scale,
-                    grad,
-                    param,
-                    m,
-                    v,
-                    None,
-                )?;
-            }
-        }
+        device.write(&mut self.workspace.head.dlogprob, 0, &slopes)?;
+        let (workspace, grads) = (&mut self.workspace, &mut self.optimizer.grads);
+        self.model.backward(device, workspace, batch, grads)?;
+        // So small a rate leaves the weights as they are, and the work with them.
+        let config = AdamWConfig {
+            learning_rate: 1e-9,
+            ..AdamWConfig::default()
+        };
+        self.optimizer.step(device, &mut self.model, config, 1.0)?;
         Ok(start.elapsed())
     }
 }
@@ -331,7 +309,7 @@ fn median(rounds: usize, mut round: impl FnMut() -> Result<Duration>) -> Result<
 }
 
 /// Different tokens for every `stream`, the same in every run.
-fn tokens(len: usize, stream: usize, model: &Model<Cpu>) -> Vec<u32> {
+fn tokens<B: Backend>(len: usize, stream: usize, model: &Model<B>) -> Vec<u32> {
     let vocab = model.config.vocab_size as u64;
     let mut state = stream as u64 + 1;
     (0..len)

@@ -15,7 +15,8 @@ use dust_kernels::Cpu;
 #[command(after_help = "Example:\n  dust-train doctor")]
 pub(super) struct Args {}
 
-pub(super) fn run(_: &Args, cpu: &Cpu) -> Result<ExitCode> {
+pub(super) fn run(_: &Args, threads: Option<u16>) -> Result<ExitCode> {
+    let cpu = threads.map_or_else(Cpu::new, |n| Cpu::with_threads(n.into()));
     let mut missing: Vec<String> = Vec::new();
     let mut out = io::stdout();
     let mut say = |name: &str, value: &str| writeln!(out, "{name:<14} {value}");
@@ -35,6 +36,7 @@ pub(super) fn run(_: &Args, cpu: &Cpu) -> Result<ExitCode> {
         "threads",
         &format!("{} in use, {available} available", cpu.threads()),
     )?;
+    say("GPU", &gpu())?;
     let memory =
         |field| memory_gib(field).map_or("unknown".to_owned(), |gib| format!("{gib:.1} GiB"));
     say(
@@ -101,6 +103,21 @@ pub(super) fn run(_: &Args, cpu: &Cpu) -> Result<ExitCode> {
         writeln!(out, "Not ready: {}.", missing.join("; "))?;
         Ok(ExitCode::from(1))
     }
+}
+
+/// The first CUDA device, or why there is none.
+#[cfg(feature = "cuda")]
+fn gpu() -> String {
+    use dust_kernels::{Cuda, Device};
+    match Cuda::new(0) {
+        Ok(cuda) => format!("{}, for --device cuda", cuda.name()),
+        Err(error) => format!("none: {error}"),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> String {
+    "this program was built without CUDA".into()
 }
 
 fn processor() -> Option<String> {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use anyhow::Result;
-use dust_kernels::Cpu;
+use dust_kernels::Backend;
 
 use super::files::read_text;
 use super::model::{Loaded, ModelArgs, SamplingArgs, Thinking};
@@ -52,12 +52,12 @@ pub(super) struct Args {
     samples: u32,
 }
 
-pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
+pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
     let (place, text) = match args.prompt.as_str() {
         "-" => ("standard input", read_text(Path::new("-"))?),
         text => ("--prompt", text.to_owned()),
     };
-    let loaded = args.model.load(cpu)?;
+    let loaded = args.model.load(device)?;
     let prompt = if args.raw {
         let mut prompt = loaded.tokenizer.prefix().to_vec();
         prompt.extend(loaded.tokenizer.encode(&text, true)?);
@@ -75,10 +75,10 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
     };
     let settings = args.sampling.settings();
     if args.samples == 1 {
-        answer(cpu, &loaded, request, &settings)?;
+        answer(device, &loaded, request, &settings)?;
         return Ok(());
     }
-    draw(cpu, &loaded, request, &settings, &mut |event| {
+    draw(device, &loaded, request, &settings, &mut |event| {
         if let Event::Done(done) = event {
             let text = loaded.tokenizer.decode(spoken(&done));
             let mut out = io::stdout().lock();
@@ -90,16 +90,16 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
 }
 
 /// Draws one answer, shows it as it comes, and returns its text.
-pub(super) fn answer(
-    cpu: &Cpu,
-    loaded: &Loaded,
+pub(super) fn answer<B: Backend>(
+    device: &B,
+    loaded: &Loaded<B>,
     request: Request,
     settings: &SamplingSettings,
 ) -> Result<String> {
     let mut stream = loaded.tokenizer.stream();
     let mut text = String::new();
     let mut finish = None;
-    let drawn = draw(cpu, loaded, request, settings, &mut |event| {
+    let drawn = draw(device, loaded, request, settings, &mut |event| {
         match event {
             Event::Token(_, _, token) if loaded.tokenizer.eos_ids().contains(&token) => {}
             Event::Token(_, _, token) => {
@@ -133,9 +133,9 @@ fn spoken(done: &Completion) -> &[u32] {
 }
 
 /// Runs the rollout engine, and says on stderr how fast it was.
-fn draw(
-    cpu: &Cpu,
-    loaded: &Loaded,
+fn draw<B: Backend>(
+    device: &B,
+    loaded: &Loaded<B>,
     request: Request,
     settings: &SamplingSettings,
     on_event: &mut dyn FnMut(Event) -> io::Result<()>,
@@ -144,7 +144,7 @@ fn draw(
     let longest = (prompt + settings.max_tokens).min(loaded.model.max_positions());
     let batch = request.samples.min(16) as usize;
     let config = EngineConfig::for_length(batch, longest);
-    let mut engine = Engine::new(cpu, &loaded.model, config)?;
+    let mut engine = Engine::new(device, &loaded.model, config)?;
     let stops = Stops {
         tokens: loaded.tokenizer.eos_ids(),
         strings: &[],
@@ -154,7 +154,7 @@ fn draw(
     let (mut first, mut tokens) = (None, 0u32);
     let mut failed = None;
     engine.generate(
-        cpu,
+        device,
         &loaded.model,
         &[request],
         settings,

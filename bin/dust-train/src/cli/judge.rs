@@ -4,7 +4,7 @@ use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use dust_kernels::Cpu;
+use dust_kernels::Backend;
 
 use super::files::{input_name, read_text};
 use super::model::{ModelArgs, SamplingArgs, Thinking};
@@ -42,7 +42,7 @@ pub(super) struct Args {
     sampling: SamplingArgs,
 }
 
-pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
+pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
     if args.programs.len() < 2 {
         let remedy = "name two files or more";
         return Err(InputError::new("PROGRAM", "files", "there is only one", remedy).into());
@@ -59,7 +59,7 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
             return Err(InputError::new(path.display(), "program", "is empty", remedy).into());
         }
     }
-    let loaded = args.model.load(cpu)?;
+    let loaded = args.model.load(device)?;
     let order = Permutation::seeded(programs.len(), args.sampling.seed, &task.id, 0);
     let shown: Vec<&str> = programs.iter().map(String::as_str).collect();
     let prompt = loaded.chat(&prompt(&task, &shown, &order, &[]), args.thinking)?;
@@ -86,7 +86,7 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
         )?;
     }
     writeln!(out, "\nIt answers:")?;
-    let answer = generate::answer(cpu, &loaded, request, &args.sampling.settings())?;
+    let answer = generate::answer(device, &loaded, request, &args.sampling.settings())?;
     match parse(&answer, programs.len(), thinking, Parse::Strict) {
         Ok(ranking) => {
             writeln!(out, "\nRanking, best first:")?;

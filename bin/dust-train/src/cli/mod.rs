@@ -8,6 +8,7 @@
 //! | 130 | interrupted by Ctrl-C |
 
 mod bench;
+mod device;
 mod doctor;
 mod error;
 mod exec;
@@ -25,10 +26,10 @@ use std::process::ExitCode;
 
 use anyhow::Result;
 use clap::{ArgAction, CommandFactory, FromArgMatches, Parser, Subcommand};
-use dust_kernels::Cpu;
 use tracing_subscriber::EnvFilter;
 
 use crate::interrupt::{self, Interrupted};
+use device::{Place, on_device};
 pub use error::InputError;
 use stages::Stage;
 
@@ -45,7 +46,12 @@ struct Cli {
     #[command(subcommand)]
     command: Command,
 
-    /// Threads that compute [default: all processors].
+    /// Where the model runs: cpu, cuda (or cuda:N), or emulated: the GPU's code on an emulator that
+    /// checks every access, for tiny models [default: cpu].
+    #[arg(long, global = true, value_name = "DEVICE")]
+    device: Option<Place>,
+
+    /// Threads of the CPU that compute [default: all processors].
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     threads: Option<u16>,
 
@@ -97,25 +103,23 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 
 fn dispatch(cli: Cli) -> Result<ExitCode> {
     interrupt::install()?;
-    let cpu = || match cli.threads {
-        Some(n) => Cpu::with_threads(n.into()),
-        None => Cpu::new(),
-    };
+    let device = || cli.device.unwrap_or_default().open(cli.threads);
+    let stage = |stage: Stage| on_device!(device()?, |device| stages::run(&stage, &device));
     match cli.command {
-        Command::Run(args) => stages::run(&Stage::Run(args), &cpu())?,
-        Command::Sample(args) => stages::run(&Stage::Sample(args), &cpu())?,
-        Command::Label(args) => stages::run(&Stage::Label(args), &cpu())?,
-        Command::Group(args) => stages::run(&Stage::Group(args), &cpu())?,
-        Command::Train(args) => stages::run(&Stage::Train(args), &cpu())?,
-        Command::Eval(args) => stages::run(&Stage::Eval(args), &cpu())?,
-        Command::Report(args) => stages::run(&Stage::Report(args), &cpu())?,
+        Command::Run(args) => stage(Stage::Run(args))?,
+        Command::Sample(args) => stage(Stage::Sample(args))?,
+        Command::Label(args) => stage(Stage::Label(args))?,
+        Command::Group(args) => stage(Stage::Group(args))?,
+        Command::Train(args) => stage(Stage::Train(args))?,
+        Command::Eval(args) => stage(Stage::Eval(args))?,
+        Command::Report(args) => stage(Stage::Report(args))?,
         Command::Config(args) => stages::print_config(&args)?,
         Command::Exec(args) => exec::run(&args)?,
-        Command::Doctor(args) => return doctor::run(&args, &cpu()),
-        Command::Generate(args) => generate::run(&args, &cpu())?,
-        Command::Score(args) => score::run(&args, &cpu())?,
-        Command::Judge(args) => judge::run(&args, &cpu())?,
-        Command::Bench(args) => bench::run(&args, &cpu())?,
+        Command::Doctor(args) => return doctor::run(&args, cli.threads),
+        Command::Generate(args) => on_device!(device()?, |d| generate::run(&args, &d))?,
+        Command::Score(args) => on_device!(device()?, |d| score::run(&args, &d))?,
+        Command::Judge(args) => on_device!(device()?, |d| judge::run(&args, &d))?,
+        Command::Bench(args) => on_device!(device()?, |d| bench::run(&args, &d))?,
         Command::Tasks(command) => tasks::run(&command)?,
     }
     Ok(ExitCode::SUCCESS)

@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use anyhow::Result;
 use clap::ValueEnum;
-use dust_kernels::{Cpu, Device};
+use dust_kernels::Backend;
 
 use super::InputError;
 use crate::checkpoint::Checkpoint;
@@ -19,31 +19,31 @@ pub(super) struct ModelArgs {
     #[arg(long, value_name = "MODEL")]
     pub model: String,
 
-    /// How matrices are stored; the arithmetic is f32 in both cases.
-    #[arg(long, value_enum, default_value_t = Storage::F32)]
-    pub dtype: Storage,
+    /// How matrices are stored; sums are f32 in both cases [default: f32 on the CPU, bf16 on a GPU].
+    #[arg(long, value_enum)]
+    pub dtype: Option<Storage>,
 }
 
 /// A model that is ready to run.
-pub(super) struct Loaded {
+pub(super) struct Loaded<B: Backend> {
     pub checkpoint: Checkpoint,
     pub tokenizer: Tokenizer,
-    pub model: Model<Cpu>,
+    pub model: Model<B>,
 }
 
 impl ModelArgs {
     /// Opens the checkpoint and puts it onto the device.
-    pub fn load(&self, cpu: &Cpu) -> Result<Loaded> {
+    pub fn load<B: Backend>(&self, device: &B) -> Result<Loaded<B>> {
         let start = Instant::now();
         let checkpoint = Checkpoint::open(&self.model)?;
         let tokenizer = checkpoint.tokenizer()?;
-        let model = Model::load(cpu, &checkpoint, self.dtype, false)?;
+        let model = Model::load(device, &checkpoint, Storage::on::<B>(self.dtype)?, false)?;
         tracing::info!(
             "{}: {} with {:.1} million parameters on {}, loaded in {:.1} s",
             self.model,
             checkpoint.config().architecture.name(),
             model.parameter_count() as f64 / 1e6,
-            cpu.name(),
+            device.name(),
             start.elapsed().as_secs_f64()
         );
         Ok(Loaded {
@@ -54,7 +54,7 @@ impl ModelArgs {
     }
 }
 
-impl Loaded {
+impl<B: Backend> Loaded<B> {
     /// The prompt for a conversation, by the model's own template.
     pub fn chat(&self, messages: &[Message], thinking: Option<Thinking>) -> Result<Vec<u32>> {
         let template = self.checkpoint.chat_template(&self.tokenizer)?;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use dust_kernels::{Cpu, Device};
+use dust_kernels::Backend;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -67,11 +67,11 @@ struct Text {
     tokens: Vec<u32>,
 }
 
-pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
+pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
     let name = input_name(&args.input);
     let input = read_text(&args.input)?;
     let mut output = Output::create(&args.output)?;
-    let loaded = args.model.load(cpu)?;
+    let loaded = args.model.load(device)?;
     // Everything is checked before the first line goes out.
     let mut texts = Vec::new();
     for (index, line) in input.lines().enumerate() {
@@ -92,10 +92,10 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
         .iter()
         .map(|b| b.iter().map(|t| t.tokens.len()).sum());
     let rows = rows.max().unwrap_or(0);
-    let mut workspace = Workspace::new(cpu, &loaded.model.config, rows, Purpose::Forward)?;
+    let mut workspace = Workspace::new(device, &loaded.model.config, rows, Purpose::Forward)?;
     for batch in batches {
         interrupt::check()?;
-        score(cpu, &loaded, &mut workspace, batch, &mut output)?;
+        score(device, &loaded, &mut workspace, batch, &mut output)?;
     }
     output.finish()
 }
@@ -103,7 +103,7 @@ pub(super) fn run(args: &Args, cpu: &Cpu) -> Result<()> {
 /// Field, problem and remedy of a line that cannot be scored.
 type Refusal = (String, String, &'static str);
 
-fn read_line(loaded: &Loaded, line: &str) -> Result<Text, Refusal> {
+fn read_line<B: Backend>(loaded: &Loaded<B>, line: &str) -> Result<Text, Refusal> {
     const FORMS: &str =
         "write {\"id\": ..., \"tokens\": [...]} or {\"id\": ..., \"text\": \"...\"}";
     let mut json = serde_json::Deserializer::from_str(line);
@@ -192,10 +192,10 @@ fn pack(texts: &[Text], limit: usize) -> Vec<&[Text]> {
     batches
 }
 
-fn score(
-    cpu: &Cpu,
-    loaded: &Loaded,
-    workspace: &mut Workspace<Cpu>,
+fn score<B: Backend>(
+    device: &B,
+    loaded: &Loaded<B>,
+    workspace: &mut Workspace<B>,
     texts: &[Text],
     output: &mut Output,
 ) -> Result<()> {
@@ -206,10 +206,10 @@ fn score(
     let targets = batch.targets.len();
     let (mut logprobs, mut entropy) = (vec![0.0; targets], vec![0.0; targets]);
     if targets > 0 {
-        loaded.model.forward(cpu, workspace, &batch)?;
-        loaded.model.logprobs(cpu, workspace, &batch, 1.0)?;
-        cpu.read(&workspace.head.logprob, 0, &mut logprobs)?;
-        cpu.read(&workspace.head.entropy, 0, &mut entropy)?;
+        loaded.model.forward(device, workspace, &batch)?;
+        loaded.model.logprobs(device, workspace, &batch, 1.0)?;
+        device.read(&workspace.head.logprob, 0, &mut logprobs)?;
+        device.read(&workspace.head.entropy, 0, &mut entropy)?;
     }
     for (text, answer) in texts.iter().zip(&batch.answers) {
         let range = answer.start..answer.start + answer.len;

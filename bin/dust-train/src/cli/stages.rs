@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use dust_kernels::Cpu;
+use dust_kernels::Backend;
 
 use crate::pipeline::{self, Config, RunFolder, train};
 use crate::sandbox::Layer;
@@ -67,7 +67,7 @@ pub(super) enum Stage {
 }
 
 /// Runs a stage.
-pub(super) fn run(stage: &Stage, cpu: &Cpu) -> Result<()> {
+pub(super) fn run<B: Backend + Clone>(stage: &Stage, device: &B) -> Result<()> {
     let args = match stage {
         Stage::Sample(args)
         | Stage::Label(args)
@@ -79,16 +79,16 @@ pub(super) fn run(stage: &Stage, cpu: &Cpu) -> Result<()> {
     };
     let (config, folder) = open(args)?;
     match stage {
-        Stage::Sample(_) => pipeline::sample(cpu, &config, &folder),
+        Stage::Sample(_) => pipeline::sample(device, &config, &folder),
         Stage::Label(_) => pipeline::label(&config, &folder),
         Stage::Group(_) => pipeline::group(&config, &folder).map(drop),
-        Stage::Train(_) => train::train(cpu, &config, &folder),
+        Stage::Train(_) => train::train(device, &config, &folder),
         Stage::Eval(args) => {
             let checkpoint = args.after.then_some(train::FINAL);
-            pipeline::eval(cpu, &config, &folder, checkpoint)
+            pipeline::eval(device, &config, &folder, checkpoint)
         }
         Stage::Report(_) => pipeline::report(&config, &folder),
-        Stage::Run(_) => pipeline::run(cpu, &config, &folder),
+        Stage::Run(_) => pipeline::run(device, &config, &folder),
     }
 }
 

@@ -1,10 +1,11 @@
 //! What the judge is shown, and in which order.
 
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::shuffle::shuffle;
 use crate::tasks::Task;
 use crate::tasks::prompt::fenced;
 use crate::text::{Message, Role};
@@ -27,12 +28,7 @@ impl Permutation {
         hash.update(group.as_bytes());
         let mut rng = ChaCha8Rng::from_seed(hash.finalize().into());
         let mut order: Vec<usize> = (0..k).collect();
-        // Fisher-Yates; written out because a library may change the draws between versions, and
-        // a recorded seed has to give the recorded order.
-        for i in (1..k).rev() {
-            let j = (u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64;
-            order.swap(i, j as usize);
-        }
+        shuffle(&mut order, &mut rng);
         order.rotate_left(index % k.max(1));
         Self(order)
     }

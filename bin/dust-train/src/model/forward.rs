@@ -5,7 +5,7 @@ use super::{Activation, Batch, Model};
 use anyhow::{Result, ensure};
 use dust_kernels::{
     Backend,
-    attention::{PagedSequence, Segment},
+    attention::{PagedBatch, Segment},
     gemm::LinearShape,
     logprob::HeadShape,
     norm::NormShape,
@@ -15,11 +15,9 @@ use dust_kernels::{
 pub type LayerCache<B> = (Activation<B>, Activation<B>);
 
 /// The paged sequences of a rollout step, and the cache they lie in.
-pub struct PagedBatch<'a, B: Backend> {
+pub struct Paged<'a, B: Backend> {
     /// The sequences.
-    pub sequences: &'a [PagedSequence],
-    /// Their page numbers.
-    pub pages: &'a B::Buf<u32>,
+    pub batch: PagedBatch<'a, B>,
     /// Cache slot of each row.
     pub slots: &'a B::Buf<u32>,
     /// Keys and values of every layer.
@@ -31,7 +29,7 @@ pub enum Attend<'a, B: Backend> {
     /// Each other, in packed sequences.
     Packed(&'a [Segment]),
     /// A paged cache, which the pass also extends.
-    Paged(PagedBatch<'a, B>),
+    Paged(Paged<'a, B>),
 }
 
 impl<B: Backend> Model<B> {
@@ -41,29 +39,23 @@ impl<B: Backend> Model<B> {
     /// More rows than the workspace has room for, a position that is too large, a token outside of
     /// the vocabulary.
     pub fn forward(&self, device: &B, ws: &mut Workspace<B>, batch: &Batch) -> Result<()> {
-        self.run(
-            device,
-            ws,
-            &batch.tokens,
-            &batch.positions,
-            &mut Attend::Packed(&batch.segments),
-        )
+        self.set_rows(device, ws, &batch.tokens, &batch.positions)?;
+        let attend = &mut Attend::Packed(&batch.segments);
+        self.run(device, ws, batch.rows(), attend)
     }
 
-    /// Runs `tokens` at `positions`, attending as `attend` says.
+    /// Puts the rows of the next [`Model::run`] into the workspace.
     ///
     /// # Errors
     /// As [`Model::forward`].
-    pub fn run(
+    pub fn set_rows(
         &self,
         device: &B,
         ws: &mut Workspace<B>,
         tokens: &[u32],
         positions: &[u32],
-        attend: &mut Attend<'_, B>,
     ) -> Result<()> {
-        let rows = tokens.len();
-        ws.check_rows(rows)?;
+        ws.check_rows(tokens.len())?;
         if let Some(&p) = positions.iter().max() {
             ensure!(
                 (p as usize) < self.max_positions(),
@@ -74,6 +66,22 @@ impl<B: Backend> Model<B> {
         }
         device.write(&mut ws.tokens, 0, tokens)?;
         device.write(&mut ws.positions, 0, positions)?;
+        Ok(())
+    }
+
+    /// Runs the first `rows` rows that were set, attending as `attend` says. Reads and writes device
+    /// memory alone, so that a paged pass can be recorded.
+    ///
+    /// # Errors
+    /// More rows than the workspace has room for; what the device reports.
+    pub fn run(
+        &self,
+        device: &B,
+        ws: &mut Workspace<B>,
+        rows: usize,
+        attend: &mut Attend<'_, B>,
+    ) -> Result<()> {
+        ws.check_rows(rows)?;
         let hidden = self.config.hidden;
         let shape = NormShape {
             rows,
@@ -230,8 +238,7 @@ impl<B: Backend> Model<B> {
                 device.attention_paged(
                     heads,
                     scale,
-                    paged.sequences,
-                    paged.pages,
+                    paged.batch,
                     &acts.qkv,
                     k,
                     v,

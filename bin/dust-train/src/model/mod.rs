@@ -7,7 +7,7 @@ mod params;
 mod workspace;
 
 pub use batch::{Batch, Target};
-pub use forward::{Attend, LayerCache, PagedBatch};
+pub use forward::{Attend, LayerCache, Paged};
 pub use params::{LayerParams, Params, Spec};
 pub use workspace::{LogprobBuffers, Purpose, Workspace};
 
@@ -15,6 +15,7 @@ use crate::checkpoint::{self, Checkpoint, Dtype, ModelConfig};
 use anyhow::{Result, ensure};
 use dust_kernels::{Backend, Buffer, Device, Weight, attention::Heads};
 use half::bf16;
+use std::any::TypeId;
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
@@ -23,15 +24,29 @@ use std::path::Path;
 pub type Activation<B> = <B as Device>::Buf<<B as Device>::Elem>;
 
 /// How matrices are stored. Norms and biases are always f32, and so is all arithmetic.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 #[derive(clap::ValueEnum)]
 pub enum Storage {
     /// 4 bytes a weight.
-    #[default]
     F32,
     /// 2 bytes a weight; training keeps f32 master weights beside them.
     Bf16,
+}
+
+impl Storage {
+    /// What is asked for, or what suits the device: f32 where activations are f32, else bf16.
+    ///
+    /// # Errors
+    /// f32 on a device that reads bf16 alone.
+    pub fn on<B: Backend>(wanted: Option<Self>) -> Result<Self> {
+        let f32s = TypeId::of::<B::Elem>() == TypeId::of::<f32>();
+        ensure!(
+            f32s || wanted != Some(Storage::F32),
+            "f32 matrices are for the CPU: leave the storage (model.storage, --dtype) out, or say bf16"
+        );
+        Ok(wanted.unwrap_or(if f32s { Storage::F32 } else { Storage::Bf16 }))
+    }
 }
 
 /// A parameter on the device.

@@ -41,8 +41,9 @@ pub struct Config {
 pub struct ModelSettings {
     /// A Hugging Face folder, a `.gguf` file, or a hub repository `ORG/NAME`.
     pub path: String,
-    /// How matrices are stored: `f32`, or `bf16` with f32 master weights.
-    pub storage: Storage,
+    /// How matrices are stored: `f32`, or `bf16` with f32 master weights; left out: f32 on the CPU,
+    /// bf16 on a GPU.
+    pub storage: Option<Storage>,
     /// Thinking on or off, for templates that have the switch; left out: as the template says.
     pub thinking: Option<bool>,
     /// Keep one layer's activations in training and compute the others again.
@@ -57,7 +58,7 @@ impl Default for ModelSettings {
     fn default() -> Self {
         Self {
             path: String::new(),
-            storage: Storage::F32,
+            storage: None,
             thinking: None,
             recompute: false,
             batch: 32,
@@ -207,6 +208,21 @@ impl Reward {
     }
 }
 
+/// What training teaches: the arms that the paper compares. All of them are measured alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Arm {
+    /// Ranking the candidates of `groups.jsonl` (off-policy): DuST.
+    #[default]
+    Ranking,
+    /// Ranking candidates that the current policy writes for the step.
+    OnPolicyRanking,
+    /// Writing programs, rewarded by their tests (RLVR).
+    Generation,
+    /// Writing programs and ranking those of `groups.jsonl` in turn, `alternate` steps each.
+    Iterative,
+}
+
 /// How the tokens' losses become one number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -222,12 +238,21 @@ pub enum Aggregation {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainSettings {
-    /// Steps: rollouts followed by updates.
+    /// What is taught: `ranking`, `on_policy_ranking`, `generation` or `iterative`.
+    pub arm: Arm,
+    /// Steps of one kind before the other, in the arm `iterative`.
+    pub alternate: usize,
+    /// The first steps repeat right rankings of `groups.jsonl` word for word (supervised
+    /// fine-tuning) before the arm begins.
+    pub sft_steps: usize,
+    /// Steps: rollouts followed by updates, `sft_steps` among them.
     pub steps: usize,
-    /// Groups a step.
+    /// Groups a step; in the arm `generation` problems.
     pub prompts: usize,
-    /// Judgments a group (G).
+    /// Answers a prompt (G): judgments of a group, or programs.
     pub judgments: u32,
+    /// Leave out groups whose answers all got the same reward, and draw for others instead.
+    pub refill: bool,
     /// Groups an update.
     pub mini_batch: usize,
     /// Passes over a step's judgments.
@@ -273,9 +298,13 @@ pub struct TrainSettings {
 impl Default for TrainSettings {
     fn default() -> Self {
         Self {
+            arm: Arm::Ranking,
+            alternate: 50,
+            sft_steps: 0,
             steps: 100,
             prompts: 64,
             judgments: 8,
+            refill: false,
             mini_batch: 16,
             epochs: 3,
             reward: Reward::PairAccuracy,
@@ -443,6 +472,7 @@ impl Config {
                 "train.judgments: must be at least 2, since advantages compare them",
             ),
             (t.mini_batch > 0, "train.mini_batch: must be at least 1"),
+            (t.alternate > 0, "train.alternate: must be at least 1"),
             (t.epochs > 0, "train.epochs: must be at least 1"),
             (t.temperature > 0.0, "train.temperature: must be above 0"),
             (

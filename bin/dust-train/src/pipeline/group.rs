@@ -4,11 +4,12 @@ use super::bad_input;
 use super::label::VERDICTS;
 use super::sample::CANDIDATES;
 use super::session::derive_seed;
-use super::{Candidate, Config, Labelled, Manifest, RunFolder};
+use super::{Candidate, Config, GroupSettings, Labelled, Manifest, RunFolder};
 use crate::sandbox::Verdict;
+use crate::shuffle::shuffle;
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -47,14 +48,38 @@ pub struct GroupSummary {
     pub by_right: Vec<usize>,
 }
 
-/// Cuts a problem's pool, shuffled by a seed of its own, into groups of `size`.
-fn cut(pool: &mut [(u32, String, bool)], seed: u64, size: usize) -> Vec<Vec<(u32, String, bool)>> {
-    let mut rng = ChaCha8Rng::seed_from_u64(seed);
-    for i in (1..pool.len()).rev() {
-        let j = (u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64;
-        pool.swap(i, j as usize);
+/// A labelled program: its number, its text, whether it is right.
+pub(super) type Member = (u32, String, bool);
+
+/// Cuts a problem's pool, shuffled by a seed of its own, into groups; the mixed ones, and how many
+/// were all wrong and all right.
+pub(super) fn mixed_groups(
+    problem: &str,
+    mut pool: Vec<Member>,
+    seed: u64,
+    settings: &GroupSettings,
+) -> (Vec<Group>, [usize; 2]) {
+    if settings.distinct {
+        let mut seen = HashSet::new();
+        pool.retain(|(_, program, _)| seen.insert(program.clone()));
     }
-    pool.chunks_exact(size).map(<[_]>::to_vec).collect()
+    shuffle(&mut pool, &mut ChaCha8Rng::seed_from_u64(seed));
+    let (mut groups, mut alike) = (Vec::new(), [0; 2]);
+    for members in pool.chunks_exact(settings.size) {
+        let right = members.iter().filter(|m| m.2).count();
+        if right == 0 || right == members.len() {
+            alike[usize::from(right > 0)] += 1;
+        } else if settings.max_per_problem == 0 || groups.len() < settings.max_per_problem {
+            groups.push(Group {
+                id: format!("{problem}/{}", groups.len()),
+                problem: problem.to_owned(),
+                samples: members.iter().map(|m| m.0).collect(),
+                labels: members.iter().map(|m| m.2).collect(),
+                programs: members.iter().map(|m| m.1.clone()).collect(),
+            });
+        }
+    }
+    (groups, alike)
 }
 
 /// Groups `verdicts.jsonl` into `groups.jsonl`, and records its hash in the manifest.
@@ -68,7 +93,7 @@ pub fn group(config: &Config, run: &RunFolder) -> Result<GroupSummary> {
         .iter()
         .filter_map(|c| Some(((c.problem.as_str(), c.sample), c.program.as_deref()?)))
         .collect();
-    let mut pools: BTreeMap<&str, Vec<(u32, String, bool)>> = BTreeMap::new();
+    let mut pools: BTreeMap<&str, Vec<Member>> = BTreeMap::new();
     for v in &verdicts {
         if v.verdict == Verdict::InfraError {
             continue;
@@ -91,33 +116,17 @@ pub fn group(config: &Config, run: &RunFolder) -> Result<GroupSummary> {
         by_right: vec![0; config.group.size - 1],
     };
     let mut groups = Vec::new();
-    for (problem, pool) in &mut pools {
-        if config.group.distinct {
-            let mut seen = HashSet::new();
-            pool.retain(|(_, program, _)| seen.insert(program.clone()));
-        }
+    for (problem, pool) in pools {
         let seed = derive_seed(config.seed, &["group", problem]);
-        let mut kept = 0;
-        for members in cut(pool, seed, config.group.size) {
-            let right = members.iter().filter(|m| m.2).count();
-            if right == 0 {
-                summary.all_wrong += 1;
-            } else if right == members.len() {
-                summary.all_right += 1;
-            } else if config.group.max_per_problem == 0 || kept < config.group.max_per_problem {
-                summary.mixed += 1;
-                summary.by_right[right - 1] += 1;
-                groups.push(Group {
-                    id: format!("{problem}/{kept}"),
-                    problem: (*problem).to_owned(),
-                    samples: members.iter().map(|m| m.0).collect(),
-                    labels: members.iter().map(|m| m.2).collect(),
-                    programs: members.into_iter().map(|m| m.1).collect(),
-                });
-                kept += 1;
-            }
+        let (mixed, [wrong, right]) = mixed_groups(problem, pool, seed, &config.group);
+        summary.all_wrong += wrong;
+        summary.all_right += right;
+        summary.mixed += mixed.len();
+        summary.mixed_problems += usize::from(!mixed.is_empty());
+        for group in &mixed {
+            summary.by_right[group.labels.iter().filter(|&&y| y).count() - 1] += 1;
         }
-        summary.mixed_problems += usize::from(kept > 0);
+        groups.extend(mixed);
     }
     if groups.is_empty() {
         bad_input!(

@@ -1,6 +1,6 @@
 //! Asking the judge and reading its answer: the same in training and in the evaluation.
 
-use super::{Config, Session};
+use super::{Config, Session, bad_input};
 use crate::judge::{Invalid, Permutation, parse, prompt};
 use crate::tasks::Task;
 use anyhow::Result;
@@ -48,5 +48,24 @@ impl Question {
         let k = self.order.shown().len();
         let positions = parse(&text, k, thinking, config.judge.parse)?;
         Ok((self.order.candidates(&positions), positions[0]))
+    }
+
+    /// How the judge would rank the candidates, `best` first: what follows the prefix.
+    pub fn answer(&self, config: &Config, best: &[usize]) -> Result<String> {
+        let shown = self.order.shown();
+        let positions: Vec<String> = best
+            .iter()
+            .filter_map(|candidate| shown.iter().position(|c| c == candidate))
+            .map(|position| (position + 1).to_string())
+            .collect();
+        let text = format!("Ranking: {}", positions.join(" > "));
+        let Some(answer) = text.strip_prefix(&config.judge.prefix) else {
+            bad_input!(
+                "judge.prefix: rankings to imitate begin with `Ranking:`, not with `{}`; \
+                 leave it empty or say \"Ranking:\"",
+                config.judge.prefix
+            );
+        };
+        Ok(answer.to_owned())
     }
 }

@@ -1,7 +1,7 @@
 //! Stage 2: the sandbox runs every candidate on its problem's tests.
 
+use super::progress::Progress;
 use super::sample::CANDIDATES;
-use super::session::progress;
 use super::{Candidate, Config, Manifest, Problems, RunFolder};
 use crate::interrupt;
 use crate::sandbox::{self, Outcome, Sandbox, SandboxConfig, Verdict};
@@ -71,11 +71,11 @@ pub(super) fn run_programs(
     programs: &[sandbox::Program],
     mut on_done: impl FnMut(usize, Outcome) -> Result<()> + Send,
 ) -> Result<()> {
-    let bar = progress("label", programs.len() as u64);
+    let bar = Progress::new("label", programs.len() as u64);
     let mut result = Ok(());
     for (piece, start) in programs.chunks(64).zip((0..).step_by(64)) {
         sandbox.run_all(piece, &config.sandbox.limits, |i, outcome| {
-            bar.inc(1);
+            bar.advance(1, String::new);
             if result.is_ok() {
                 result = on_done(start + i, outcome);
             }
@@ -84,7 +84,7 @@ pub(super) fn run_programs(
             break;
         }
     }
-    bar.finish_and_clear();
+    bar.finish();
     result?;
     Ok(interrupt::check()?)
 }

@@ -7,14 +7,15 @@ mod folder;
 mod group;
 mod judging;
 mod label;
+mod progress;
 mod reporting;
 mod sample;
 mod session;
 pub mod train;
 
 pub use config::{
-    Aggregation, Config, EvalSampling, EvalSettings, GroupSettings, JudgeSettings, ModelSettings,
-    Reward, SampleSettings, SandboxSettings, TaskSettings, TrainSettings,
+    Aggregation, Arm, Config, EvalSampling, EvalSettings, GroupSettings, JudgeSettings,
+    ModelSettings, Reward, SampleSettings, SandboxSettings, TaskSettings, TrainSettings,
 };
 pub use eval::{EvalFile, eval};
 pub use folder::{Partial, RunFolder, hex};
@@ -22,7 +23,7 @@ pub use group::{Group, GroupSummary, group};
 pub use label::{Labelled, label};
 pub use reporting::{report, table};
 pub use sample::{Candidate, sample};
-pub use session::{Session, derive_seed, progress};
+pub use session::{Session, derive_seed};
 
 use crate::tasks::{self, Split, Task};
 use anyhow::{Context, Result};

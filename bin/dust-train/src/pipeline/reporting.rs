@@ -4,7 +4,7 @@ use super::bad_input;
 use super::eval::{AFTER, BEFORE, EvalFile, JudgedGroup};
 use super::train::{METRICS, StepMetrics};
 use super::{CONFIG, Config, MANIFEST, Manifest, Problems, RunFolder};
-use crate::metrics::{Estimate, Metric, Row, compare, pairwise_accuracy};
+use crate::metrics::{Estimate, Row, compare, pairwise_accuracy};
 use crate::report::{self, Candidate, Example, ReportData, Shown, Step};
 use anyhow::{Result, ensure};
 use std::collections::HashMap;
@@ -87,19 +87,7 @@ pub fn table(rows: &[Row], size: usize) -> String {
         "change"
     );
     for row in rows.iter().filter(|r| r.difficulty.is_none()) {
-        let name = match row.metric {
-            Metric::Pass1 => "pass@1".to_owned(),
-            Metric::Ndcg => "NDCG, all groups".to_owned(),
-            Metric::NdcgMixed => "NDCG, mixed groups".to_owned(),
-            Metric::PairAccuracy => "pairwise accuracy".to_owned(),
-            Metric::BestOfN => format!("Best-of-{size}"),
-            Metric::Random => "  random pick".to_owned(),
-            Metric::Oracle => "  oracle".to_owned(),
-            Metric::AllRight => "groups all right".to_owned(),
-            Metric::AllWrong => "groups all wrong".to_owned(),
-            Metric::Mixed => "groups mixed".to_owned(),
-            Metric::Invalid => "invalid rankings".to_owned(),
-        };
+        let name = report::name(row.metric, size);
         let cell = |e: &Option<Estimate>, sign: bool| match e {
             None => "-".to_owned(),
             Some(e) => {

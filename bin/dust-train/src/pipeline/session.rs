@@ -1,14 +1,14 @@
 //! What every stage that runs the model shares: the device, the model, its tokenizer and template.
 
 use super::Config;
+use super::progress::Progress;
 use crate::checkpoint::Checkpoint;
 use crate::interrupt;
-use crate::model::Model;
+use crate::model::{Model, Storage};
 use crate::rollout::{Completion, Engine, EngineConfig, Event, Request, SamplingSettings, Stops};
 use crate::text::{ChatOptions, ChatTemplate, Message, Role, Tokenizer, encode_chat};
 use anyhow::{Context, Result};
 use dust_kernels::Backend;
-use indicatif::{ProgressBar, ProgressStyle};
 use sha2::{Digest, Sha256};
 use std::ops::ControlFlow;
 use std::time::{Duration, UNIX_EPOCH};
@@ -48,7 +48,12 @@ impl<B: Backend> Session<B> {
         let checkpoint = Checkpoint::open(path)?;
         let tokenizer = checkpoint.tokenizer()?;
         Ok(Self {
-            model: Model::load(&device, &checkpoint, config.model.storage, train)?,
+            model: Model::load(
+                &device,
+                &checkpoint,
+                Storage::on::<B>(config.model.storage)?,
+                train,
+            )?,
             template: checkpoint.chat_template(&tokenizer)?,
             text_files: checkpoint.text_files()?,
             thinking: config.model.thinking,
@@ -129,7 +134,7 @@ impl<B: Backend> Session<B> {
         mut on_done: impl FnMut(Completion) -> Result<()>,
     ) -> Result<()> {
         let total: u64 = requests.iter().map(|r| u64::from(r.samples)).sum();
-        let bar = progress(what, total);
+        let bar = Progress::new(what, total);
         let (mut tokens, start) = (0u64, std::time::Instant::now());
         let mut failed = None;
         let stops = Stops {
@@ -150,9 +155,8 @@ impl<B: Backend> Session<B> {
                 match event {
                     Event::Token(..) => tokens += 1,
                     Event::Done(completion) => {
-                        bar.inc(1);
                         let rate = tokens as f64 / start.elapsed().as_secs_f64();
-                        bar.set_message(format!("{rate:.0} tokens/s"));
+                        bar.advance(1, || format!("{rate:.0} tokens/s"));
                         if let Err(error) = on_done(completion) {
                             failed = Some(error);
                             return ControlFlow::Break(());
@@ -162,25 +166,12 @@ impl<B: Backend> Session<B> {
                 ControlFlow::Continue(())
             },
         )?;
-        bar.finish_and_clear();
+        bar.finish();
         match failed {
             Some(error) => Err(error),
             None => Ok(interrupt::check()?),
         }
     }
-}
-
-/// A progress bar on stderr; invisible where that is no terminal.
-pub fn progress(what: &str, total: u64) -> ProgressBar {
-    let bar = ProgressBar::new(total);
-    if let Ok(style) = ProgressStyle::with_template(
-        "{prefix:>12} [{bar:30}] {pos}/{len}  {elapsed} (left {eta})  {msg}",
-    ) {
-        bar.set_style(style.progress_chars("=> "));
-    }
-    bar.set_prefix(what.to_owned());
-    bar.enable_steady_tick(Duration::from_millis(500));
-    bar
 }
 
 /// A seed for one purpose of a run: equal parts give equal seeds, others unrelated ones.

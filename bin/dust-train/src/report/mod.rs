@@ -149,7 +149,8 @@ fn row(data: &ReportData, metric: Metric) -> Option<&Row> {
     all.find(|row| row.metric == metric)
 }
 
-fn name(metric: Metric, n: usize) -> String {
+/// What people read a metric as; `n` candidates are judged.
+pub fn name(metric: Metric, n: usize) -> String {
     match metric {
         Metric::Pass1 => "pass@1".to_owned(),
         Metric::Ndcg => "NDCG, all groups".to_owned(),

@@ -12,17 +12,17 @@
 mod pages;
 mod stop;
 
-use crate::model::{Attend, Model, PagedBatch, Purpose, Workspace};
+use crate::model::{Attend, Model, Paged, Purpose, Workspace};
 use crate::text::Tokenizer;
 use anyhow::{Result, bail, ensure};
 use dust_kernels::{
     Backend,
-    attention::{CHUNK, PagedSequence},
+    attention::{CHUNK, PagedBatch, PagedSequence},
     sampling::RowSampling,
 };
 use pages::Pages;
 use serde::{Deserialize, Serialize};
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::ops::ControlFlow;
 use std::rc::Rc;
 use stop::StopStrings;
@@ -188,6 +188,7 @@ pub struct Engine<B: Backend> {
     config: EngineConfig,
     workspace: Workspace<B>,
     pages: Pages<B>,
+    sequences: B::Buf<PagedSequence>,
     table: B::Buf<u32>,
     slots: B::Buf<u32>,
     logits: B::Buf<f32>,
@@ -213,6 +214,8 @@ impl<B: Backend> Engine<B> {
         Ok(Self {
             workspace: Workspace::new(device, &model.config, rows, Purpose::Forward)?,
             pages: Pages::new(device, model, pages)?,
+            // One more than the samples: the prompt that is run beside them.
+            sequences: device.zeros(batch + 1)?,
             // Shared pages stand in the table of every sample that uses them.
             table: device.zeros((batch + 1) * pages)?,
             slots: device.zeros(rows)?,
@@ -259,10 +262,62 @@ impl<B: Backend> Engine<B> {
             next: 0,
             prompts: VecDeque::new(),
             running: Vec::new(),
+            recorded: HashMap::new(),
         };
         let result = run.go(on_event);
         run.release_all();
         result
+    }
+}
+
+/// What a step's launches depend on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Shape {
+    /// Rows of the pass.
+    rows: usize,
+    /// Sequences that they belong to.
+    sequences: usize,
+    /// How many of the rows, the first ones, draw a token.
+    batch: usize,
+    /// At least every sequence's rows.
+    max_q_len: usize,
+    /// At least every sequence's context.
+    max_context: usize,
+}
+
+impl<B: Backend> Engine<B> {
+    /// Runs the rows and draws, from device memory to device memory.
+    fn compute(&mut self, device: &B, model: &Model<B>, shape: Shape) -> Result<()> {
+        let paged = Paged {
+            batch: PagedBatch {
+                sequences: &self.sequences,
+                count: shape.sequences,
+                rows: shape.rows,
+                max_q_len: shape.max_q_len,
+                max_context: shape.max_context,
+                pages: &self.table,
+            },
+            slots: &self.slots,
+            cache: &mut self.pages.cache,
+        };
+        let attend = &mut Attend::Paged(paged);
+        model.run(device, &mut self.workspace, shape.rows, attend)?;
+        if shape.batch == 0 {
+            return Ok(());
+        }
+        let head = model.head_shape(shape.batch);
+        let hidden = self.workspace.hidden();
+        device.logits(head, hidden, model.head(), &mut self.logits)?;
+        device.sample(
+            shape.batch,
+            head.vocab,
+            &self.logits,
+            &self.params,
+            &mut self.tokens,
+            &mut self.logprobs,
+            &mut self.kept,
+        )?;
+        Ok(())
     }
 }
 
@@ -279,6 +334,8 @@ struct Run<'a, B: Backend> {
     /// Prompts in the cache or on their way into it; only the last may be unfinished.
     prompts: VecDeque<Prompt>,
     running: Vec<Running>,
+    /// Shapes that have run, and their recordings on devices that record.
+    recorded: HashMap<Shape, Option<B::Graph>>,
 }
 
 impl<B: Backend> Run<'_, B> {
@@ -444,24 +501,18 @@ impl<B: Backend> Run<'_, B> {
             );
             prompt.cached = to;
         }
-        device.write(&mut engine.table, 0, &table)?;
-        device.write(&mut engine.slots, 0, &slots)?;
-        self.model.run(
-            device,
-            &mut engine.workspace,
-            &tokens,
-            &positions,
-            &mut Attend::Paged(PagedBatch {
-                sequences: &sequences,
-                pages: &engine.table,
-                slots: &engine.slots,
-                cache: &mut engine.pages.cache,
-            }),
-        )?;
-        if batch == 0 {
-            return Ok(());
-        }
-
+        let most = |of: fn(&PagedSequence) -> u32| sequences.iter().map(of).max().unwrap_or(0);
+        let shape = Shape {
+            rows: tokens.len(),
+            sequences: sequences.len(),
+            batch,
+            max_q_len: most(|s| s.q_len) as usize,
+            // Rounded up, so that few recordings serve all lengths.
+            max_context: CHUNK
+                * (most(|s| s.context) as usize)
+                    .div_ceil(CHUNK)
+                    .next_power_of_two(),
+        };
         let params: Vec<RowSampling> = self
             .running
             .iter()
@@ -475,23 +526,17 @@ impl<B: Backend> Run<'_, B> {
                 top_k: self.settings.top_k,
             })
             .collect();
+        self.model
+            .set_rows(device, &mut engine.workspace, &tokens, &positions)?;
+        device.write(&mut engine.sequences, 0, &sequences)?;
+        device.write(&mut engine.table, 0, &table)?;
+        device.write(&mut engine.slots, 0, &slots)?;
         device.write(&mut engine.params, 0, &params)?;
-        let shape = self.model.head_shape(batch);
-        device.logits(
-            shape,
-            engine.workspace.hidden(),
-            self.model.head(),
-            &mut engine.logits,
-        )?;
-        device.sample(
-            batch,
-            shape.vocab,
-            &engine.logits,
-            &engine.params,
-            &mut engine.tokens,
-            &mut engine.logprobs,
-            &mut engine.kept,
-        )?;
+        self.compute(shape)?;
+        if batch == 0 {
+            return Ok(());
+        }
+        let engine = &*self.engine;
         let mut drawn = vec![0u32; batch];
         let (mut logprobs, mut kept) = (vec![0f32; batch], vec![0f32; batch]);
         device.read(&engine.tokens, 0, &mut drawn)?;
@@ -507,6 +552,33 @@ impl<B: Backend> Run<'_, B> {
             run.tokens.push(drawn[i]);
             run.logprobs.push(logprobs[i]);
             run.kept.push(kept[i]);
+        }
+        Ok(())
+    }
+
+    /// The device's part of a step. Steps that only decode come again and again in the same shape:
+    /// the first runs as it is, the second is recorded, and then there is one call a step.
+    fn compute(&mut self, shape: Shape) -> Result<()> {
+        let device = self.device;
+        if shape.rows > shape.batch {
+            return self.engine.compute(device, self.model, shape);
+        }
+        match self.recorded.get(&shape) {
+            None => {
+                self.engine.compute(device, self.model, shape)?;
+                self.recorded.insert(shape, None);
+            }
+            Some(None) => {
+                let graph = device.record(|| self.engine.compute(device, self.model, shape))?;
+                if let Some(graph) = graph {
+                    // SAFETY: as below.
+                    unsafe { device.replay(&graph)? };
+                    self.recorded.insert(shape, Some(graph));
+                }
+            }
+            // SAFETY: the graph uses buffers of the engine and of the model, which are borrowed as
+            // long as `recorded` lives, and neither makes new ones meanwhile.
+            Some(Some(graph)) => unsafe { device.replay(graph)? },
         }
         Ok(())
     }

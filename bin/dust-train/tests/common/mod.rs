@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use dust_kernels::Cpu;
+use dust_kernels::Backend;
 use dust_train::checkpoint::Checkpoint;
 use dust_train::model::Model;
 use dust_train::rollout::{
@@ -37,9 +37,9 @@ pub fn no_stops(tokenizer: &Tokenizer) -> Stops<'_> {
 }
 
 /// All answers of a new engine, by request and sample.
-pub fn generate(
-    device: &Cpu,
-    model: &Model<Cpu>,
+pub fn generate<B: Backend>(
+    device: &B,
+    model: &Model<B>,
     config: EngineConfig,
     requests: &[Request],
     settings: &SamplingSettings,
@@ -50,10 +50,10 @@ pub fn generate(
 }
 
 /// All answers of an engine, by request and sample.
-pub fn generate_with(
-    engine: &mut Engine<Cpu>,
-    device: &Cpu,
-    model: &Model<Cpu>,
+pub fn generate_with<B: Backend>(
+    engine: &mut Engine<B>,
+    device: &B,
+    model: &Model<B>,
     requests: &[Request],
     settings: &SamplingSettings,
     stops: Stops<'_>,

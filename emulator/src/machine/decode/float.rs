@@ -67,6 +67,17 @@ macro_rules! single {
     };
 }
 
+/// A function whose result is rounded in a direction that must be known when it is compiled.
+macro_rules! directed {
+    ($make:ident!($($head:tt)*), $round:expr, |$r:ident| $e:expr) => {
+        match $round {
+            Round::Zero => { const $r: Round = Round::Zero; $make!($($head)* $e) }
+            Round::Down => { const $r: Round = Round::Down; $make!($($head)* $e) }
+            _ => { const $r: Round = Round::Up; $make!($($head)* $e) }
+        }
+    };
+}
+
 /// A format of 16 bits with arithmetic rounded once.
 trait Short: Copy {
     fn value(self) -> f32;
@@ -271,6 +282,19 @@ fn two_sum_error(a: f64, b: f64, s: f64) -> f64 {
 }
 
 impl<'a> Body<'_, '_, 'a> {
+    fn float_alu(
+        &mut self,
+        ins: &Ins<'_, 'a>,
+        class: Class,
+        flops: u8,
+        f: AluFn,
+        d: Slot,
+        s: [Slot; 3],
+    ) {
+        let [a, b, c] = s;
+        self.emit_flops(ins, class, flops, Op::Alu { f, d, a, b, c });
+    }
+
     pub(super) fn float_arithmetic(&mut self, ins: &mut Ins<'_, 'a>, ty: Type) -> Result<()> {
         match ty {
             Type::F32 => self.single(ins),
@@ -312,29 +336,29 @@ impl<'a> Body<'_, '_, 'a> {
         {
             return ins.error("this combination of modifiers is not implemented");
         }
-        use Round::*;
+        use Round::Nearest;
         let f = match (opcode, round.unwrap_or(Nearest)) {
             ("add", Nearest) => single!(ftz, sat; a, b; a + b),
-            ("add", Zero) => single!(ftz; a, b; sum(a, b, Zero)),
-            ("add", Down) => single!(ftz; a, b; sum(a, b, Down)),
-            ("add", Up) => single!(ftz; a, b; sum(a, b, Up)),
+            ("add", r) => directed!(single!(ftz; a, b;), r, |R| sum(a, b, R)),
             ("sub", Nearest) => single!(ftz, sat; a, b; a - b),
-            ("sub", Zero) => single!(ftz; a, b; sum(a, -b, Zero)),
-            ("sub", Down) => single!(ftz; a, b; sum(a, -b, Down)),
-            ("sub", Up) => single!(ftz; a, b; sum(a, -b, Up)),
+            ("sub", r) => directed!(single!(ftz; a, b;), r, |R| sum(a, -b, R)),
             ("mul", Nearest) => single!(ftz, sat; a, b; a * b),
-            ("mul", Zero) => single!(ftz; a, b; num::f32_from_f64(a as f64 * b as f64, Zero)),
-            ("mul", Down) => single!(ftz; a, b; num::f32_from_f64(a as f64 * b as f64, Down)),
-            ("mul", Up) => single!(ftz; a, b; num::f32_from_f64(a as f64 * b as f64, Up)),
+            ("mul", r) => {
+                directed!(single!(ftz; a, b;), r, |R| num::f32_from_f64(
+                    a as f64 * b as f64,
+                    R
+                ))
+            }
             ("fma" | "mad", Nearest) => single!(ftz, sat; a, b, c; a.mul_add(b, c)),
-            ("fma" | "mad", Zero) => single!(ftz; a, b, c; fma(a, b, c, Zero)),
-            ("fma" | "mad", Down) => single!(ftz; a, b, c; fma(a, b, c, Down)),
-            ("fma" | "mad", Up) => single!(ftz; a, b, c; fma(a, b, c, Up)),
+            ("fma" | "mad", r) => directed!(single!(ftz; a, b, c;), r, |R| fma(a, b, c, R)),
             ("div", Nearest) => single!(ftz; a, b; a / b),
             // The f64 quotient of two f32 is never on the wrong side of an f32.
-            ("div", Zero) => single!(ftz; a, b; num::f32_from_f64(a as f64 / b as f64, Zero)),
-            ("div", Down) => single!(ftz; a, b; num::f32_from_f64(a as f64 / b as f64, Down)),
-            ("div", Up) => single!(ftz; a, b; num::f32_from_f64(a as f64 / b as f64, Up)),
+            ("div", r) => {
+                directed!(single!(ftz; a, b;), r, |R| num::f32_from_f64(
+                    a as f64 / b as f64,
+                    R
+                ))
+            }
             ("abs", _) => single!(ftz; a; a.abs()),
             ("neg", _) => single!(ftz; a; -a),
             ("min", _) if xor && nan => single!(ftz; a, b; xorsign(a, b, min_nan)),
@@ -356,19 +380,12 @@ impl<'a> Body<'_, '_, 'a> {
         } else {
             1
         };
-        let op = Op::Alu {
-            f,
-            d,
-            a: s[0],
-            b: s[1],
-            c: s[2],
-        };
-        self.emit_flops(ins, Class::Single, flops, op);
+        self.float_alu(ins, Class::Single, flops, f, d, s);
         Ok(())
     }
 
     fn double(&mut self, ins: &mut Ins<'_, 'a>) -> Result<()> {
-        use Round::*;
+        use Round::Nearest;
         let opcode = ins.i.opcode;
         let round = ins.round();
         ins.done()?;
@@ -377,26 +394,21 @@ impl<'a> Body<'_, '_, 'a> {
         }
         let f: AluFn = match (opcode, round.unwrap_or(Nearest)) {
             ("add", Nearest) => alu!(f64; a: f64, b: f64; a + b),
-            ("add", Zero) => {
-                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), a.is_finite() && b.is_finite(), Zero) })
-            }
-            ("add", Down) => {
-                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), a.is_finite() && b.is_finite(), Down) })
-            }
-            ("add", Up) => {
-                alu!(f64; a: f64, b: f64; { let s = a + b; num::direct(s, two_sum_error(a, b, s), a.is_finite() && b.is_finite(), Up) })
-            }
+            ("add", r) => directed!(alu!(f64; a: f64, b: f64;), r, |R| {
+                let s = a + b;
+                num::direct(s, two_sum_error(a, b, s), a.is_finite() && b.is_finite(), R)
+            }),
             ("sub", Nearest) => alu!(f64; a: f64, b: f64; a - b),
             ("mul", Nearest) => alu!(f64; a: f64, b: f64; a * b),
-            ("mul", Zero) => {
-                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), a.is_finite() && b.is_finite(), Zero) })
-            }
-            ("mul", Down) => {
-                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), a.is_finite() && b.is_finite(), Down) })
-            }
-            ("mul", Up) => {
-                alu!(f64; a: f64, b: f64; { let p = a * b; num::direct(p, two_product_error(a, b, p), a.is_finite() && b.is_finite(), Up) })
-            }
+            ("mul", r) => directed!(alu!(f64; a: f64, b: f64;), r, |R| {
+                let p = a * b;
+                num::direct(
+                    p,
+                    two_product_error(a, b, p),
+                    a.is_finite() && b.is_finite(),
+                    R,
+                )
+            }),
             ("fma" | "mad", Nearest) => alu!(f64; a: f64, b: f64, c: f64; a.mul_add(b, c)),
             ("div", Nearest) => alu!(f64; a: f64, b: f64; a / b),
             ("abs", _) if round.is_none() => alu!(f64; a: f64; a.abs()),
@@ -419,18 +431,7 @@ impl<'a> Body<'_, '_, 'a> {
         } else {
             1
         };
-        self.emit_flops(
-            ins,
-            Class::Double,
-            flops,
-            Op::Alu {
-                f,
-                d,
-                a: s[0],
-                b: s[1],
-                c: s[2],
-            },
-        );
+        self.float_alu(ins, Class::Double, flops, f, d, s);
         Ok(())
     }
 
@@ -491,18 +492,7 @@ impl<'a> Body<'_, '_, 'a> {
         let bits = if ty.size() == 2 { Type::B16 } else { Type::B32 };
         let (d, s) = self.uniform(ins, bits)?;
         let flops = if opcode == "fma" { 2 } else { 1 } * ty.size() as u8 / 2;
-        self.emit_flops(
-            ins,
-            Class::Half,
-            flops,
-            Op::Alu {
-                f,
-                d,
-                a: s[0],
-                b: s[1],
-                c: s[2],
-            },
-        );
+        self.float_alu(ins, Class::Half, flops, f, d, s);
         Ok(())
     }
 
@@ -562,36 +552,23 @@ impl<'a> Body<'_, '_, 'a> {
             (Type::F32, false, Some(round)) => {
                 let f = match (f, round) {
                     (Approx::Rcp, Round::Nearest) => single!(ftz; a; 1.0 / a),
-                    (Approx::Rcp, Round::Zero) => {
-                        single!(ftz; a; num::f32_from_f64(1.0 / a as f64, Round::Zero))
-                    }
-                    (Approx::Rcp, Round::Down) => {
-                        single!(ftz; a; num::f32_from_f64(1.0 / a as f64, Round::Down))
-                    }
-                    (Approx::Rcp, Round::Up) => {
-                        single!(ftz; a; num::f32_from_f64(1.0 / a as f64, Round::Up))
+                    (Approx::Rcp, r) => {
+                        directed!(single!(ftz; a;), r, |R| num::f32_from_f64(
+                            1.0 / a as f64,
+                            R
+                        ))
                     }
                     (Approx::Sqrt, Round::Nearest) => single!(ftz; a; a.sqrt()),
-                    (Approx::Sqrt, Round::Zero) => {
-                        single!(ftz; a; num::f32_from_f64((a as f64).sqrt(), Round::Zero))
-                    }
-                    (Approx::Sqrt, Round::Down) => {
-                        single!(ftz; a; num::f32_from_f64((a as f64).sqrt(), Round::Down))
-                    }
-                    (Approx::Sqrt, Round::Up) => {
-                        single!(ftz; a; num::f32_from_f64((a as f64).sqrt(), Round::Up))
+                    (Approx::Sqrt, r) => {
+                        directed!(single!(ftz; a;), r, |R| num::f32_from_f64(
+                            (a as f64).sqrt(),
+                            R
+                        ))
                     }
                     _ => return ins.error("this function has no exact rounding"),
                 };
                 let (d, s) = self.uniform(ins, ty)?;
-                let op = Op::Alu {
-                    f,
-                    d,
-                    a: s[0],
-                    b: 0,
-                    c: 0,
-                };
-                self.emit_flops(ins, Class::Special, 1, op);
+                self.float_alu(ins, Class::Special, 1, f, d, s);
                 Ok(())
             }
             (Type::F64, false, Some(Round::Nearest)) if !ftz => {
@@ -601,18 +578,7 @@ impl<'a> Body<'_, '_, 'a> {
                     _ => return ins.bad_type(ty),
                 };
                 let (d, s) = self.uniform(ins, ty)?;
-                self.emit_flops(
-                    ins,
-                    Class::Double,
-                    1,
-                    Op::Alu {
-                        f,
-                        d,
-                        a: s[0],
-                        b: 0,
-                        c: 0,
-                    },
-                );
+                self.float_alu(ins, Class::Double, 1, f, d, s);
                 Ok(())
             }
             // Made for the first step of a division: 20 bits, from and to the upper word alone.
@@ -623,35 +589,13 @@ impl<'a> Body<'_, '_, 'a> {
                     alu!(f64; a: f64; upper(1.0 / upper_input(a).sqrt()))
                 };
                 let (d, s) = self.uniform(ins, ty)?;
-                self.emit_flops(
-                    ins,
-                    Class::Special,
-                    1,
-                    Op::Alu {
-                        f,
-                        d,
-                        a: s[0],
-                        b: 0,
-                        c: 0,
-                    },
-                );
+                self.float_alu(ins, Class::Special, 1, f, d, s);
                 Ok(())
             }
             (Type::F64, true, None) if f == Approx::Rsqrt => {
                 let f = alu!(f64; a: f64; 1.0 / a.sqrt());
                 let (d, s) = self.uniform(ins, ty)?;
-                self.emit_flops(
-                    ins,
-                    Class::Special,
-                    1,
-                    Op::Alu {
-                        f,
-                        d,
-                        a: s[0],
-                        b: 0,
-                        c: 0,
-                    },
-                );
+                self.float_alu(ins, Class::Special, 1, f, d, s);
                 Ok(())
             }
             _ => ins.error("this form is not implemented"),

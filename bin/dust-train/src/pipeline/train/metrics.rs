@@ -1,5 +1,6 @@
 //! What every training step logs.
 
+use super::rollout::Lesson;
 use serde::{Deserialize, Serialize};
 
 /// One line of `metrics.jsonl`.
@@ -7,6 +8,9 @@ use serde::{Deserialize, Serialize};
 pub struct StepMetrics {
     /// The step, from 1.
     pub step: usize,
+    /// What it taught.
+    #[serde(default)]
+    pub lesson: Lesson,
     /// Mean reward.
     pub reward_mean: f64,
     /// Standard deviation of the rewards.
@@ -15,7 +19,7 @@ pub struct StepMetrics {
     pub pair_accuracy: Option<f64>,
     /// Share of groups whose judgments all got the same reward: they teach nothing.
     pub zero_variance: f64,
-    /// Share of judgments without a valid ranking.
+    /// Share of answers without a valid ranking, or without a program.
     pub invalid: f64,
     /// How often each shown position was ranked first.
     pub picked_first: Vec<usize>,

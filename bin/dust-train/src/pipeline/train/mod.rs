@@ -1,31 +1,38 @@
-//! Stage 4: GRPO trains the model to rank its own candidates.
+//! Stage 4: GRPO trains the model to rank its own candidates; or, in other arms, to write programs.
 //!
-//! A step draws G judgments for each of its groups from the current policy, rewards them, turns the
-//! rewards into advantages inside of each group, and goes over the judgments `epochs` times in
-//! mini-batches. All random numbers are keyed by (seed, step, group), so a step depends on nothing but
+//! A step draws G answers to each of its prompts from the current policy, rewards them, turns the
+//! rewards into advantages inside of each group of answers, and goes over the answers `epochs` times
+//! in mini-batches. All random numbers are keyed by (seed, step, group), so a step depends on nothing but
 //! the state after the step before: a run that was killed goes on to the same bits.
 
+mod generation;
 mod metrics;
 mod optimizer;
+mod ranking;
 mod rollout;
 mod state;
 mod update;
 
 pub use metrics::StepMetrics;
 pub use optimizer::Optimizer;
+pub use rollout::Lesson;
 
 use super::group::{GROUPS, Group};
-use super::session::{derive_seed, progress};
-use super::{Config, Problems, RunFolder, Session};
+use super::progress::Progress;
+use super::session::derive_seed;
+use super::{Arm, Config, Problems, RunFolder, Session};
 use crate::checkpoint::Dtype;
 use crate::interrupt;
 use crate::model::{Purpose, Workspace, freeze};
+use crate::shuffle::shuffle;
 use crate::tasks::Task;
 use anyhow::{Context, Result};
 use dust_kernels::Backend;
 use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
+use rand_chacha::rand_core::SeedableRng;
+use rollout::{Rolled, Roller};
 use std::collections::HashMap;
+use std::time::Instant;
 use update::Updater;
 
 /// The stage's log.
@@ -67,12 +74,16 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
         workspace: Workspace::new(device, &session.model.config, rows, purpose)?,
         reference,
     };
-    let mut engine = None;
-    let bar = progress("train", config.train.steps as u64);
-    bar.set_position(done as u64);
+    let mut roller = Roller::new();
+    let bar = Progress::new("train", config.train.steps as u64);
+    bar.start_at(done as u64);
     for step in done..config.train.steps {
-        let chosen = choose(&groups, config, step);
-        let rolled = match rollout::roll(&session, config, &mut engine, step, &chosen, &tasks) {
+        let all = Material {
+            groups: &groups,
+            problems: &problems.train,
+            tasks: &tasks,
+        };
+        let rolled = match roll(&session, config, &mut roller, step, &all) {
             // The weights are those after the last whole step: nothing but this rollout is lost.
             Err(error) if interrupt::requested() => {
                 state::save(device, run, &session.model, &optimizer, step, &hash)?;
@@ -82,13 +93,14 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
         };
         // Updates are not broken off: an interrupt waits for the end of the step.
         let line = updater.update(&mut session, &mut optimizer, config, step, rolled)?;
-        bar.inc(1);
-        bar.set_message(format!(
-            "reward {:+.3}  invalid {:.0}%  |g| {:.2}",
-            line.reward_mean,
-            100.0 * line.invalid,
-            line.grad_norm
-        ));
+        bar.advance(1, || {
+            format!(
+                "reward {:+.3}  invalid {:.0}%  |g| {:.2}",
+                line.reward_mean,
+                100.0 * line.invalid,
+                line.grad_norm
+            )
+        });
         log.push(line)?;
         let last = step + 1 == config.train.steps;
         if last || interrupt::requested() || (step + 1) % config.train.checkpoint_every == 0 {
@@ -96,7 +108,7 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
         }
         interrupt::check()?;
     }
-    bar.finish_and_clear();
+    bar.finish();
     session
         .model
         .save(device, &run.file(FINAL), Dtype::F32, &session.text_files)?;
@@ -112,24 +124,97 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     Ok(())
 }
 
-/// The groups of a step: each pass over all groups has a random order of its own.
-fn choose<'a>(groups: &'a [Group], config: &Config, step: usize) -> Vec<&'a Group> {
-    let n = groups.len();
+/// What steps choose from.
+struct Material<'a> {
+    groups: &'a [Group],
+    problems: &'a [Task],
+    tasks: &'a Tasks<'a>,
+}
+
+/// Times that a step draws for further prompts where too few teach something.
+const REFILLS: usize = 8;
+
+/// The rollout of a step. With `train.refill`, groups whose answers all got the same reward make
+/// room for others (dynamic sampling: DAPO, arXiv 2503.14476).
+fn roll<B: Backend>(
+    session: &Session<B>,
+    config: &Config,
+    roller: &mut Roller<B>,
+    step: usize,
+    all: &Material<'_>,
+) -> Result<Rolled> {
+    roller.start = Instant::now();
+    if !config.train.refill || step < config.train.sft_steps {
+        return draw(session, config, roller, step, step, all);
+    }
+    let mut rolled = Rolled::default();
+    for round in 0..REFILLS {
+        let number = step * REFILLS + round;
+        let more = draw(session, config, roller, step, number, all)?;
+        rolled.add(more);
+        rolled.groups.retain(|group| !group.zero_variance());
+        if rolled.groups.len() >= config.train.prompts {
+            break;
+        }
+    }
+    rolled.groups.truncate(config.train.prompts);
+    Ok(rolled)
+}
+
+/// Answers for the prompts number `number`, in the lesson of step `step`.
+fn draw<B: Backend>(
+    session: &Session<B>,
+    config: &Config,
+    roller: &mut Roller<B>,
+    step: usize,
+    number: usize,
+    all: &Material<'_>,
+) -> Result<Rolled> {
+    let prompts = config.train.prompts;
+    let groups = || cycle(all.groups, config, "order", number, prompts);
+    if step < config.train.sft_steps {
+        return ranking::imitate(session, config, roller, number, &groups(), all.tasks);
+    }
+    let writes = match config.train.arm {
+        Arm::Ranking | Arm::OnPolicyRanking => false,
+        Arm::Generation => true,
+        Arm::Iterative => {
+            let turn = (step - config.train.sft_steps) / config.train.alternate;
+            turn.is_multiple_of(2)
+        }
+    };
+    if writes {
+        let tasks = cycle(all.problems, config, "problems", number, prompts);
+        return generation::write(session, config, roller, number, &tasks);
+    }
+    if config.train.arm == Arm::OnPolicyRanking {
+        let groups = ranking::fresh_groups(session, config, number, all.problems)?;
+        let groups: Vec<&Group> = groups.iter().collect();
+        return ranking::judge(session, config, roller, number, &groups, all.tasks);
+    }
+    ranking::judge(session, config, roller, number, &groups(), all.tasks)
+}
+
+/// The items of a step, `count` of them: each pass over all items has a random order of its own.
+fn cycle<'a, T>(
+    items: &'a [T],
+    config: &Config,
+    what: &str,
+    step: usize,
+    count: usize,
+) -> Vec<&'a T> {
+    let n = items.len();
     let mut order: (usize, Vec<usize>) = (usize::MAX, Vec::new());
-    (step * config.train.prompts..(step + 1) * config.train.prompts)
+    (step * count..(step + 1) * count)
         .map(|at| {
             let pass = at / n;
             if order.0 != pass {
-                let seed = derive_seed(config.seed, &["order", &pass.to_string()]);
-                let mut rng = ChaCha8Rng::seed_from_u64(seed);
+                let seed = derive_seed(config.seed, &[what, &pass.to_string()]);
                 let mut list: Vec<usize> = (0..n).collect();
-                for i in (1..n).rev() {
-                    let j = (u128::from(rng.next_u64()) * (i as u128 + 1)) >> 64;
-                    list.swap(i, j as usize);
-                }
+                shuffle(&mut list, &mut ChaCha8Rng::seed_from_u64(seed));
                 order = (pass, list);
             }
-            &groups[order.1[at % n]]
+            &items[order.1[at % n]]
         })
         .collect()
 }

@@ -1,11 +1,11 @@
 //! The second half of a step: the clipped surrogate over mini-batches, and the optimizer.
 
 use super::super::config::Aggregation;
-use super::super::session::progress;
+use super::super::progress::Progress;
 use super::super::{Config, Session};
 use super::metrics::{StepMetrics, mean, peak_memory_mib};
 use super::optimizer::Optimizer;
-use super::rollout::{Judged, Rolled};
+use super::rollout::{Answered, Lesson, Rolled};
 use crate::metrics::mean_std;
 use crate::model::{Batch, Model, Workspace};
 use anyhow::{Result, ensure};
@@ -33,7 +33,7 @@ struct Sums {
 
 /// A piece of a mini-batch that fits the workspace: groups with their reference log-probabilities.
 struct Micro<'a> {
-    groups: Vec<&'a Judged>,
+    groups: Vec<&'a Answered>,
     batch: Batch,
 }
 
@@ -59,8 +59,8 @@ impl<B: Backend> Updater<B> {
             step: 0,
         };
         let mut sums = Sums::default();
-        let mini_batches: Vec<&[Judged]> = rolled.groups.chunks(settings.mini_batch).collect();
-        let bar = progress("update", (settings.epochs * rolled.groups.len()) as u64);
+        let mini_batches: Vec<&[Answered]> = rolled.groups.chunks(settings.mini_batch).collect();
+        let bar = Progress::new("update", (settings.epochs * rolled.groups.len()) as u64);
         let mut references: Vec<Vec<Vec<f32>>> = Vec::new();
         for epoch in 0..settings.epochs {
             for (i, groups) in mini_batches.iter().enumerate() {
@@ -80,6 +80,7 @@ impl<B: Backend> Updater<B> {
                         session,
                         optimizer,
                         config,
+                        rolled.lesson,
                         micro,
                         reference,
                         tokens,
@@ -88,7 +89,7 @@ impl<B: Backend> Updater<B> {
                         before_any_update,
                         &mut sums,
                     )?;
-                    bar.inc(micro.groups.len() as u64);
+                    bar.advance(micro.groups.len() as u64, String::new);
                 }
                 let norm = optimizer.step(
                     &session.device,
@@ -99,12 +100,12 @@ impl<B: Backend> Updater<B> {
                 sums.norms.push(f64::from(norm));
             }
         }
-        bar.finish_and_clear();
+        bar.finish();
         Ok(self.log(step, &rolled, &sums, adamw.learning_rate, start))
     }
 
     /// Cuts groups into batches of at most as many rows as the workspace has.
-    fn pack<'a>(&self, groups: &'a [Judged]) -> Result<Vec<Micro<'a>>> {
+    fn pack<'a>(&self, groups: &'a [Answered]) -> Result<Vec<Micro<'a>>> {
         let room = self.workspace.rows();
         let mut micros: Vec<Micro<'a>> = Vec::new();
         for group in groups {
@@ -156,6 +157,7 @@ impl<B: Backend> Updater<B> {
         session: &Session<B>,
         optimizer: &mut Optimizer<B>,
         config: &Config,
+        lesson: Lesson,
         micro: &Micro<'_>,
         reference: &[f32],
         tokens: usize,
@@ -194,15 +196,22 @@ impl<B: Backend> Updater<B> {
             sums.entropy += entropy.iter().map(|&h| f64::from(h)).sum::<f64>();
             sums.first_tokens += count;
         }
-        if before_any_update {
+        let mut old = old;
+        if before_any_update || lesson == Lesson::Imitation {
             let mut new = vec![0.0f32; count];
             device.read(&ws.head.logprob, 0, &mut new)?;
-            let worst = new
-                .iter()
-                .zip(&old)
-                .map(|(n, o)| f64::from((n - o).abs()))
-                .fold(0.0, f64::max);
-            sums.mismatch = sums.mismatch.max(worst);
+            if lesson == Lesson::Imitation {
+                // A ratio of 1 at every update makes the surrogate's gradient that of the mean
+                // negative log-probability, which is also the loss to log.
+                for (target, weight) in batch.answers.iter().zip(&weights) {
+                    let logprobs = &new[target.start..target.start + target.len];
+                    sums.stats.loss += weight * (target.len as f32 - logprobs.iter().sum::<f32>());
+                }
+                old = new;
+            } else {
+                let distances = new.iter().zip(&old).map(|(n, o)| f64::from((n - o).abs()));
+                sums.mismatch = distances.fold(sums.mismatch, f64::max);
+            }
         }
         let mut stats = device.zeros::<SequenceStats>(weights.len())?;
         let head = &mut ws.head;
@@ -220,7 +229,9 @@ impl<B: Backend> Updater<B> {
             &mut stats,
         )?;
         // Without a KL term, groups whose rewards all agree have no gradient at all.
-        let silent = config.train.kl_coef == 0.0 && micro.groups.iter().all(|g| g.zero_variance());
+        let silent = lesson != Lesson::Imitation
+            && config.train.kl_coef == 0.0
+            && micro.groups.iter().all(|g| g.zero_variance());
         if !silent {
             model.backward(device, ws, batch, &mut optimizer.grads)?;
         }
@@ -260,6 +271,7 @@ impl<B: Backend> Updater<B> {
         let stats = &sums.stats;
         StepMetrics {
             step: step + 1,
+            lesson: rolled.lesson,
             reward_mean,
             reward_std: reward_std.unwrap_or(0.0),
             pair_accuracy: (!rolled.pair_accuracy.is_empty())
@@ -268,7 +280,7 @@ impl<B: Backend> Updater<B> {
                 rolled.groups.iter().filter(|g| g.zero_variance()).count(),
                 rolled.groups.len(),
             ),
-            invalid: share(answers - rolled.valid, answers),
+            invalid: share(rolled.drawn - rolled.valid, rolled.drawn),
             picked_first: rolled.picked_first.clone(),
             loss: f64::from(stats.loss) / sums.norms.len().max(1) as f64,
             entropy: sums.entropy / sums.first_tokens.max(1) as f64,

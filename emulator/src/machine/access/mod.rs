@@ -1,0 +1,298 @@
+//! Memory instructions: addresses, the spaces they lie in, and what may be accessed there.
+
+mod atomic;
+mod cell;
+mod copy;
+mod plain;
+
+use super::block::Context;
+use super::code::*;
+use super::execute::{lanes, space_of};
+use super::lanes::WARP;
+use super::memory::{AccessError, Allocation};
+use super::warp::{Bases, Warp};
+use crate::ptx::ast::Space;
+use crate::report::{Finding, Kind};
+
+type Result<T, E = Box<Finding>> = std::result::Result<T, E>;
+
+/// Allocation found last, to skip the search for the next lane.
+struct Found<'m> {
+    allocation: &'m Allocation,
+    start: u64,
+}
+
+impl Warp {
+    pub(in crate::machine) fn access(
+        &mut self,
+        ctx: &mut Context,
+        instr: &Instr,
+        op: &Op,
+        active: u32,
+        bases: Bases,
+        pc: u32,
+    ) -> Result<()> {
+        match op {
+            Op::LoadParam {
+                offset,
+                size,
+                count,
+                dst,
+                extend,
+                wide,
+            } => {
+                for (e, slot) in dst[..*count as usize].iter().enumerate() {
+                    let at = *offset as usize + e * *size as usize;
+                    let bits = cell::of_slice(ctx.launch.params, at, *size);
+                    let bits = cell::extended(bits, *size, *extend);
+                    let d = bases.regs + *slot as usize;
+                    lanes(active).for_each(|lane| self.set(d, lane, *wide, bits));
+                    self.set_poison(d, active, 0);
+                }
+                Ok(())
+            }
+            Op::Load {
+                addr, size, count, ..
+            } => {
+                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
+                let total = *size as u64 * *count as u64;
+                self.check_aligned(ctx, instr, &at, active, total)?;
+                for (space, mask) in split(addr.space, &mut at, active) {
+                    self.load(ctx, instr, op, space, &at, mask, bases, pc)?;
+                }
+                Ok(())
+            }
+            Op::Store {
+                addr,
+                size,
+                count,
+                src,
+                ..
+            } => {
+                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
+                let total = *size as u64 * *count as u64;
+                self.check_aligned(ctx, instr, &at, active, total)?;
+                for (space, mask) in split(addr.space, &mut at, active) {
+                    // Local memory may hold poison (spilled registers); device memory may not.
+                    if space == Space::Global {
+                        for s in &src[..*count as usize] {
+                            let poison = self.poison[bases.regs + *s as usize] & mask;
+                            ctx.check_poison(
+                                self,
+                                instr,
+                                poison,
+                                "a value stored to device memory",
+                            )?;
+                        }
+                    }
+                    self.store(ctx, instr, op, space, &at, mask, bases, pc)?;
+                }
+                Ok(())
+            }
+            Op::Atom { addr, ty, .. } => {
+                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
+                self.check_aligned(ctx, instr, &at, active, ty.size() as u64)?;
+                for (space, mask) in split(addr.space, &mut at, active) {
+                    self.atom(ctx, instr, op, space, &at, mask, bases, pc)?;
+                }
+                Ok(())
+            }
+            Op::CopyAsync {
+                to,
+                from,
+                size,
+                bytes,
+                ignore,
+            } => {
+                let to = self.addresses(ctx, instr, to, active, bases)?;
+                let from = self.addresses(ctx, instr, from, active, bases)?;
+                self.copy_async(
+                    ctx, instr, &to, &from, *size, *bytes, *ignore, active, bases, pc,
+                )
+            }
+            Op::CopyCommit => {
+                lanes(active).for_each(|lane| self.commits[lane] += 1);
+                Ok(())
+            }
+            Op::CopyWait { pending } => self.copy_wait(ctx, instr, *pending, active),
+            _ => unreachable!("only memory instructions come here"),
+        }
+    }
+
+    /// Addresses of the active lanes.
+    pub(in crate::machine) fn addresses(
+        &self,
+        ctx: &mut Context,
+        instr: &Instr,
+        addr: &Addr,
+        active: u32,
+        bases: Bases,
+    ) -> Result<[u64; WARP]> {
+        let slot = bases.regs + addr.slot as usize;
+        if self.poison[slot] & active != 0 {
+            ctx.check_poison(self, instr, self.poison[slot] & active, "an address")?;
+        }
+        let mut out = [0u64; WARP];
+        if addr.wide {
+            for (lane, o) in out.iter_mut().enumerate() {
+                *o = self.get(slot, lane, true).wrapping_add(addr.offset as u64);
+            }
+        } else {
+            for (lane, o) in out.iter_mut().enumerate() {
+                *o = self.regs[slot].0[lane].wrapping_add(addr.offset as u32) as u64;
+            }
+        }
+        Ok(out)
+    }
+
+    fn check_aligned(
+        &self,
+        ctx: &Context,
+        instr: &Instr,
+        at: &[u64; WARP],
+        active: u32,
+        size: u64,
+    ) -> Result<()> {
+        let mut low = 0;
+        for (lane, a) in at.iter().enumerate() {
+            low |= a & (size - 1) & 0u64.wrapping_sub((active >> lane & 1) as u64);
+        }
+        if low == 0 {
+            return Ok(());
+        }
+        match lanes(active).find(|&lane| at[lane] & (size - 1) != 0) {
+            None => Ok(()),
+            Some(lane) => {
+                let message = format!("misaligned access of {size} bytes at {:#x}", at[lane]);
+                Err(ctx.fault(self, instr, Kind::Misaligned, lane as u32, message))
+            }
+        }
+    }
+
+    fn bad_global(
+        &self,
+        ctx: &Context,
+        instr: &Instr,
+        lane: usize,
+        address: u64,
+        size: u64,
+        verb: &str,
+        error: AccessError,
+    ) -> Box<Finding> {
+        let (kind, place) = match error {
+            AccessError::Nowhere if address < 4096 => {
+                (Kind::OutOfBounds, "a null pointer".to_string())
+            }
+            AccessError::Nowhere => (Kind::OutOfBounds, "no allocation is there".to_string()),
+            AccessError::Beyond { size, offset } => (
+                Kind::OutOfBounds,
+                format!("offset {offset} of an allocation of {size} bytes"),
+            ),
+            AccessError::Freed { size } => (
+                Kind::UseAfterFree,
+                format!("an allocation of {size} bytes that was freed"),
+            ),
+        };
+        let fault = if kind == Kind::UseAfterFree {
+            "use after free"
+        } else {
+            "out-of-bounds access"
+        };
+        let message = format!("{fault}: {verb} of {size} bytes at {address:#x}: {place}");
+        ctx.fault(self, instr, kind, lane as u32, message)
+    }
+
+    #[inline(always)]
+    fn find<'m>(
+        &self,
+        ctx: &Context<'m>,
+        instr: &Instr,
+        last: &mut Option<Found<'m>>,
+        lane: usize,
+        address: u64,
+        size: u64,
+        verb: &str,
+    ) -> Result<(&'m Allocation, usize)> {
+        if let Some(f) = last
+            && address >= f.start
+            && address - f.start + size <= f.allocation.len() as u64
+        {
+            return Ok((f.allocation, (address - f.start) as usize));
+        }
+        match ctx.launch.memory.resolve(address, size) {
+            Ok((allocation, offset)) => {
+                if ctx.launch.config.checks.global_races {
+                    allocation.shadow().start(ctx.launch.id);
+                }
+                *last = Some(Found {
+                    allocation,
+                    start: address - offset as u64,
+                });
+                Ok((allocation, offset))
+            }
+            Err(error) => Err(self.bad_global(ctx, instr, lane, address, size, verb, error)),
+        }
+    }
+
+    /// Checks a range of shared or local memory or of the parameters.
+    fn range(
+        &self,
+        ctx: &Context,
+        instr: &Instr,
+        lane: usize,
+        address: u64,
+        size: u64,
+        have: usize,
+        what: &str,
+    ) -> Result<usize> {
+        if address.saturating_add(size) <= have as u64 {
+            return Ok(address as usize);
+        }
+        let message = format!(
+            "out-of-bounds access: {size} bytes at offset {} of {have} bytes of {what}",
+            address as i64
+        );
+        Err(ctx.fault(self, instr, Kind::OutOfBounds, lane as u32, message))
+    }
+
+    pub(in crate::machine) fn shared_range(
+        &self,
+        ctx: &Context,
+        instr: &Instr,
+        lane: usize,
+        address: u64,
+        size: u64,
+    ) -> Result<usize> {
+        let have = ctx.shared.len();
+        self.range(ctx, instr, lane, address, size, have, "shared memory")
+    }
+}
+
+/// The lanes of each space; generic addresses are told apart by their window, and become
+/// offsets within it.
+fn split(
+    space: Space,
+    at: &mut [u64; WARP],
+    active: u32,
+) -> impl Iterator<Item = (Space, u32)> + use<> {
+    let mut out = [
+        (Space::Global, 0),
+        (Space::Shared, 0),
+        (Space::Local, 0),
+        (Space::Param, 0),
+    ];
+    if space == Space::Generic {
+        for lane in lanes(active) {
+            let space = space_of(at[lane]);
+            if space != Space::Global {
+                at[lane] &= WINDOW - 1;
+            }
+            for (s, mask) in &mut out {
+                *mask |= ((*s == space) as u32) << lane;
+            }
+        }
+    } else {
+        out[0] = (space, active);
+    }
+    out.into_iter().filter(|(_, mask)| *mask != 0)
+}
