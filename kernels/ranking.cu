@@ -5,7 +5,8 @@
 // in f64: a thread owns an item and walks over all others in their order, which is the CPU's.
 //
 // rewards  A warp owns a ranking of up to 64 items, two a lane.
-// losses   A block owns a list. An order that is no permutation is noted and its list left alone.
+// losses   A block owns a list. All lanes of a warp look at the same item at a time, so that shared
+//          memory is read by broadcast, and meet before they store. An order that is no permutation is noted and its list left alone.
 
 #include "wide.cuh"
 
@@ -49,21 +50,19 @@ extern "C" __global__ void __launch_bounds__(RANKINGS* WARP)
     labels += (size_t)ranking * items;
     float* ranked = shared[warp][0];
     float* ideal = shared[warp][1];
-    unsigned seen[2] = {0, 0};
+    unsigned long long seen = 0;
     bool inside = true;
     for (int rank = lane; rank < items; rank += WARP) {
         const unsigned item = order[rank];
         if (item < items) {
             ranked[rank] = labels[item];
-            seen[item / WARP] |= 1u << item % WARP;
+            seen |= 1ull << item;
         } else {
             inside = false;
         }
     }
-    int different = 0;
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-        different += __popc(__reduce_or_sync(0xffffffffu, seen[half]));
+    const int different = __popc(__reduce_or_sync(0xffffffffu, (unsigned)seen)) +
+                          __popc(__reduce_or_sync(0xffffffffu, (unsigned)(seen >> 32)));
     if (!__all_sync(0xffffffffu, inside) || different != items) {
         if (lane == 0) rewards[ranking] = invalid;
         return;
@@ -126,23 +125,31 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     if (!__syncthreads_and(good)) return;
     double part = 0;
-    for (int rank = threadIdx.x; rank < items; rank += THREADS) {
+    for (int first = 0; first < items; first += THREADS) {
+        const int rank = first + threadIdx.x;
         float largest = -INFINITY;
-        for (int k = rank; k < items; k++) largest = score[k] > largest ? score[k] : largest;
         double total = 0;
-        for (int k = rank; k < items; k++) total += exp((double)score[k] - (double)largest);
-        share[rank] = 1 / total;
-        top[rank] = largest;
-        part += log(total) + ((double)largest - (double)score[rank]);
+        for (int k = first; k < items; k++)
+            if (k >= rank && score[k] > largest) largest = score[k];
+        for (int k = first; k < items; k++)
+            if (k >= rank) total += exp((double)score[k] - (double)largest);
+        if (rank < items) {
+            share[rank] = 1 / total;
+            top[rank] = largest;
+            part += log(total) + ((double)largest - (double)score[rank]);
+        }
     }
     const double all = block_sum(part, scratch);
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)((double)weight * all);
-    for (int rank = threadIdx.x; rank < items; rank += THREADS) {
-        // The share in every choice at or above the rank, less the one that was made.
-        double gradient = exp((double)score[rank] - (double)top[rank]) * share[rank] - 1;
-        for (int k = rank - 1; k >= 0; k--)
-            gradient += exp((double)score[rank] - (double)top[k]) * share[k];
-        dscores[list + order[list + rank]] = (float)((double)weight * gradient);
+    for (int first = 0; first < items; first += THREADS) {
+        const int rank = first + threadIdx.x;
+        double gradient = -1;
+        // The choice made, and the share in every choice at or above the rank.
+        for (int k = min(first + THREADS, items) - 1; k >= 0; k--)
+            if (k <= rank && rank < items)
+                gradient += exp((double)score[rank] - (double)top[k]) * share[k];
+        __syncwarp();
+        if (rank < items) dscores[list + order[list + rank]] = (float)((double)weight * gradient);
     }
 }
 
@@ -168,9 +175,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     pairs = counts[0] + counts[1];
     const double share = 1.0 / max(pairs, 1);
     double part = 0;
-    for (int i = threadIdx.x; i < items; i += THREADS) {
+    for (int first = 0; first < items; first += THREADS) {
+        const int i = first + threadIdx.x;
         double gradient = 0;
-        for (int j = 0; j < items; j++) {
+        for (int j = 0; i < items && j < items; j++) {
             double slope;
             if (label[i] > label[j]) {
                 part += softplus((double)score[j] - (double)score[i], slope);
@@ -180,7 +188,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 gradient += slope;
             }
         }
-        dscores[list + i] = (float)((double)weight * (gradient * share));
+        __syncwarp();
+        if (i < items) dscores[list + i] = (float)((double)weight * (gradient * share));
     }
     const double all = block_sum(part, scratch);
     if (threadIdx.x == 0) loss[blockIdx.x] = (float)((double)weight * (all * share));

@@ -7,8 +7,8 @@
 //! kernels with bf16 activations, launched through the driver alone, and the module `cuda` with the
 //! same kernels on plain device pointers. Building it needs nvcc (`make toolchain` fetches it), not
 //! a GPU. **It has run on `cuda-emulator` only**, which executes the PTX on the CPU with checks for
-//! races and bad accesses; on hardware it is untried. `default-features = false` leaves it out. The feature `cust`
-//! adds `cuda::cust`: the kernels on the buffers of the crate cust.
+//! races and bad accesses; on hardware it is untried. `default-features = false` leaves it out.
+//! The feature `cust` adds `cuda::cust`: the kernels on the buffers of the crate cust.
 //!
 //! Three promises hold for every operation, and tests hold them:
 //!

@@ -105,7 +105,9 @@ fn agrees_with_the_cpu() {
         if i < 2 {
             assert_close("cpu", &got, &rounded(&want), &want, 2.0);
         } else {
-            assert_close("cpu", &got, &want, &want.clone(), 30.0);
+            // Both sum 67 products, in different orders.
+            let size = want.iter().fold(0.0, |m: f64, w| m.max(w.abs()));
+            assert!(error(&got, &want) <= 2e-6 * size);
         }
     }
 }
@@ -206,7 +208,7 @@ fn bad_arguments_are_refused_by_name() {
         assert!(matches!(short, Err(Error::TooShort { name: "y", .. })));
         let wide = Weight::F32(&cuda.zeros(128).unwrap());
         for (shape, weight, word) in [
-            (shape(8, 16), wide, "Weight::Bf16"),
+            (shape(8, 16), wide, "bf16"),
             (shape(4, 16), weight, "inputs"),
             (shape(8, 12), weight, "outputs"),
         ] {

@@ -107,7 +107,8 @@ fn counters(workloads: &[Workload]) -> String {
          Written by `DUST_WRITE_TABLES=1 cargo test --test cuda_tables`; `make test` compares it. Each line\n\
          is one call, executed by [`cuda-emulator`](../emulator) and counted there:\n\n\
          - **bytes**: what warps load and store, over the least that any implementation must (each input\n  \
-           read once, each output written once);\n\
+           read once, each output written once). Matrix products and attention read a tile's operands\n  \
+           again for every tile; a GPU's caches serve most of that;\n\
          - **sectors**: the share of the touched 32-byte sectors that is used;\n\
          - **conflicts**: wavefronts of shared memory that bank conflicts add;\n\
          - **mma**: the share of floating-point operations that tensor cores do, and the warp\n  \

@@ -1,14 +1,16 @@
 //! Kernels on cust's buffers and streams. `make test-cust` builds and runs this with the emulator
-//! as libcuda.
+//! as libcuda. The crate `cuda-emulator` must not be used here: its functions would be linked
+//! into the program, beside those of the library.
 #![cfg(feature = "cust")]
 
+use ::cust::device::Device;
 use ::cust::memory::{CopyDestination, DeviceBuffer};
 use ::cust::stream::{Stream, StreamFlags};
 use dust_kernels::cuda::Fault;
 use dust_kernels::cuda::cust::{CustKernels, address, stream};
 use dust_kernels::grpo::{AdvantageConfig, Grpo, GrpoConfig, SequenceStats};
 use dust_kernels::norm::{Norm, NormShape};
-use dust_kernels::{Cpu, Device};
+use dust_kernels::{Cpu, Device as _};
 use half::bf16;
 
 fn download<T: ::cust::memory::DeviceCopy + Default>(buffer: &DeviceBuffer<T>) -> Vec<T> {
@@ -19,9 +21,10 @@ fn download<T: ::cust::memory::DeviceCopy + Default>(buffer: &DeviceBuffer<T>) -
 
 #[test]
 fn kernels_run_on_the_buffers_and_streams_of_cust() {
-    // The driver that this program is linked to, for its reports.
-    let emulator = cuda_emulator::install().unwrap();
     let context = ::cust::quick_init().unwrap();
+    // All checks are on there: what they find fails the next call.
+    let name = Device::get_device(0).unwrap().name().unwrap();
+    assert!(name.starts_with("cuda-emulator"), "{name}");
     let kernels = CustKernels::new(&context).unwrap();
     let on = Stream::new(StreamFlags::NON_BLOCKING, None).unwrap();
     let cpu = Cpu::with_threads(1);
@@ -137,12 +140,4 @@ fn kernels_run_on_the_buffers_and_streams_of_cust() {
         let want: &f32 = want;
         assert!((got - want).abs() <= 1e-6, "{got} {want}");
     }
-
-    let reports = emulator.reports().unwrap();
-    let names: Vec<&str> = reports.iter().map(|r| r.kernel.as_str()).collect();
-    assert_eq!(
-        names,
-        ["rms_norm_4", "advantages", "grpo_offsets", "grpo_loss"]
-    );
-    assert!(reports.iter().all(|r| r.findings.is_empty()));
 }

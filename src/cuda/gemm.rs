@@ -1,7 +1,7 @@
 //! Launches of `kernels/gemm.cu`.
 
 use super::launch::{Arg, Grid, Kernels, dim};
-use super::{Cuda, CudaBuffer};
+use super::{Cuda, CudaBuffer, bf16_weight};
 use crate::gemm::{
     Gemm, LinearShape, check_linear, check_linear_dbias, check_linear_dw, check_linear_dx,
 };
@@ -55,20 +55,6 @@ pub(super) fn check_aligned(op: &'static str, name: &'static str, width: usize) 
         false => Err(Error::invalid(
             op,
             format!("`{name}` must be a multiple of 8, it is {width}"),
-        )),
-    }
-}
-
-/// The one format of weights that the kernels read.
-pub(super) fn bf16_weight<'a>(
-    op: &'static str,
-    weight: Weight<'a, Cuda>,
-) -> Result<&'a CudaBuffer<bf16>> {
-    match weight {
-        Weight::Bf16(weight) => Ok(weight),
-        Weight::F32(_) => Err(Error::invalid(
-            op,
-            "weights on a CUDA device are bf16: pass Weight::Bf16",
         )),
     }
 }

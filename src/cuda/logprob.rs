@@ -1,8 +1,8 @@
 //! Launches of `kernels/logprob.cu`.
 
-use super::gemm::{FEW_ROWS, LARGE, SMALL, bf16_weight, check_aligned};
+use super::gemm::{FEW_ROWS, LARGE, SMALL, check_aligned};
 use super::launch::{Fault, Grid, Kernels, device_error, dim};
-use super::{Cuda, CudaBuffer};
+use super::{Cuda, CudaBuffer, bf16_weight};
 use crate::logprob::{
     HeadShape, Logprob, check_logits, check_logprob, check_logprob_backward, inverse_temperature,
 };

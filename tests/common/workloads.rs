@@ -5,10 +5,16 @@
 use super::cuda::{random, random_f32, reports_of, up};
 use cuda_emulator::{Emulator, LaunchReport};
 use dust_kernels::activation::Activation;
+use dust_kernels::adamw::{AdamW, AdamWConfig};
 use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
 use dust_kernels::embedding::Embedding;
+use dust_kernels::gemm::{Gemm, LinearShape};
+use dust_kernels::grpo::{AdvantageConfig, Grpo, GrpoConfig};
+use dust_kernels::logprob::{HeadShape, Logprob};
 use dust_kernels::norm::{Norm, NormShape};
+use dust_kernels::ranking::{Ranking, RankingReward};
 use dust_kernels::rope::Rope;
+use dust_kernels::sampling::{RowSampling, Sampling};
 use dust_kernels::{Cuda, Device, Result, Weight};
 use half::bf16;
 
@@ -46,10 +52,16 @@ pub fn all(cuda: &Cuda, emulator: &Emulator) -> Vec<Workload> {
         done: Vec::new(),
     };
     activation(cuda, &mut counter);
+    adamw(cuda, &mut counter);
     attention(cuda, &mut counter);
     embedding(cuda, &mut counter);
+    gemm(cuda, &mut counter);
+    grpo(cuda, &mut counter);
+    logprob(cuda, &mut counter);
     norm(cuda, &mut counter);
+    ranking(cuda, &mut counter);
     rope(cuda, &mut counter);
+    sampling(cuda, &mut counter);
     counter.done
 }
 
@@ -60,6 +72,13 @@ fn bf16s(cuda: &Cuda, n: usize) -> <Cuda as Device>::Buf<bf16> {
 fn f32s(cuda: &Cuda, n: usize) -> <Cuda as Device>::Buf<f32> {
     up(cuda, &random_f32(n as u64, n))
 }
+
+const HEADS: Heads = Heads {
+    q_heads: 9,
+    kv_heads: 3,
+    head_dim: 64,
+};
+const HEADS_NAME: &str = "(9 + 3 + 3) heads of 64";
 
 fn activation(cuda: &Cuda, counter: &mut Counter) {
     let (rows, width) = (256, 1536);
@@ -72,6 +91,27 @@ fn activation(cuda: &Cuda, counter: &mut Counter) {
     });
     counter.call(format!("swiglu_backward, {shape}"), 5 * 2 * n, || {
         cuda.swiglu_backward(rows, width, &gate_up, &dout, &mut d)
+    });
+}
+
+fn adamw(cuda: &Cuda, counter: &mut Counter) {
+    let n = 256 * 1024;
+    let (grad, mut param) = (f32s(cuda, n), f32s(cuda, n));
+    let [mut m, mut v] = [(); 2].map(|()| cuda.zeros(n).unwrap());
+    let mut copy = cuda.zeros(n).unwrap();
+    let (mut norm, mut scale) = (cuda.zeros(1).unwrap(), up(cuda, &[1f32]));
+    let mut squares = cuda.zeros(1).unwrap();
+    counter.call(format!("sum_of_squares, {n}"), 4 * n + 4, || {
+        cuda.sum_of_squares(n, &grad, &mut squares, 0)
+    });
+    counter.call("clip_scale, 1".into(), 3 * 4, || {
+        cuda.clip_scale(1, 1.0, &squares, &mut norm, &mut scale)
+    });
+    let config = AdamWConfig::default();
+    let least = (4 * 4 + 3 * 4 + 2) * n + 4;
+    counter.call(format!("adamw, {n}"), least, || {
+        let copy = Some(&mut copy);
+        cuda.adamw(&config, n, &scale, &grad, &mut param, &mut m, &mut v, copy)
     });
 }
 
@@ -176,8 +216,142 @@ fn embedding(cuda: &Cuda, counter: &mut Counter) {
     });
 }
 
+fn gemm(cuda: &Cuda, counter: &mut Counter) {
+    let (inputs, outputs) = (512, 256);
+    let weights = inputs * outputs;
+    let w = bf16s(cuda, weights);
+    let weight = Weight::Bf16(&w);
+    // Training and decoding.
+    for rows in [256, 8] {
+        let shape = LinearShape {
+            rows,
+            inputs,
+            outputs,
+        };
+        let (x, dy) = (bf16s(cuda, rows * inputs), bf16s(cuda, rows * outputs));
+        let mut y = cuda.zeros(rows * outputs).unwrap();
+        let mut dx = cuda.zeros(rows * inputs).unwrap();
+        let least = 2 * (weights + rows * (inputs + outputs));
+        let size = format!("{rows} x {inputs} -> {outputs}");
+        counter.call(format!("linear, {size}"), least, || {
+            cuda.linear(shape, &x, weight, None, &mut y)
+        });
+        counter.call(format!("linear_dx, {size}"), least, || {
+            cuda.linear_dx(shape, &dy, weight, &mut dx)
+        });
+        if rows == 8 {
+            continue;
+        }
+        let mut dw = cuda.zeros(weights).unwrap();
+        let least = 2 * rows * (inputs + outputs) + 8 * weights;
+        counter.call(format!("linear_dw, {size}"), least, || {
+            cuda.linear_dw(shape, &x, &dy, &mut dw)
+        });
+        let mut dbias = cuda.zeros(outputs).unwrap();
+        let least = 2 * rows * outputs + 8 * outputs;
+        counter.call(format!("linear_dbias, {size}"), least, || {
+            cuda.linear_dbias(shape, &dy, &mut dbias)
+        });
+    }
+}
+
+fn grpo(cuda: &Cuda, counter: &mut Counter) {
+    let (groups, size) = (256, 64);
+    let n = groups * size;
+    let (rewards, mut advantages) = (f32s(cuda, n), cuda.zeros(n).unwrap());
+    counter.call(format!("advantages, {groups} x {size}"), 8 * n, || {
+        let config = AdvantageConfig::default();
+        cuda.advantages(groups, size, config, &rewards, &mut advantages)
+    });
+    let (sequences, length) = (16, 1024);
+    let tokens = sequences * length;
+    let offsets: Vec<u32> = (0..=sequences).map(|s| (s * length) as u32).collect();
+    let offsets = up(cuda, &offsets);
+    let weights = f32s(cuda, sequences);
+    let (new, old, reference) = (f32s(cuda, tokens), f32s(cuda, tokens), f32s(cuda, tokens));
+    let mut d = cuda.zeros(tokens).unwrap();
+    let mut stats = cuda.zeros(sequences).unwrap();
+    let config = GrpoConfig {
+        kl_coef: 0.1,
+        ..Default::default()
+    };
+    let least = 16 * tokens + 4 + sequences * (3 * 4 + 32);
+    let name = format!("grpo_loss, {sequences} x {length} tokens");
+    counter.call(name, least, || {
+        cuda.grpo_loss(
+            &config,
+            sequences,
+            tokens,
+            &offsets,
+            &weights,
+            &advantages,
+            &new,
+            &old,
+            Some(&reference),
+            &mut d,
+            &mut stats,
+        )
+    });
+}
+
+fn logprob(cuda: &Cuda, counter: &mut Counter) {
+    let (hidden, vocab) = (512, 1000);
+    let weights = vocab * hidden;
+    let head = bf16s(cuda, weights);
+    let head = Weight::Bf16(&head);
+    let shape = |rows| HeadShape {
+        rows,
+        hidden,
+        vocab,
+    };
+    let rows = 128;
+    let size = format!("{rows} x {hidden} -> {vocab}");
+    let x = bf16s(cuda, rows * hidden);
+    let targets: Vec<u32> = (0..rows as u32).collect();
+    let (targets, dlogprob) = (up(cuda, &targets), f32s(cuda, rows));
+    let [mut logprob, mut lse, mut entropy] = [(); 3].map(|()| cuda.zeros(rows).unwrap());
+    let least = 2 * (weights + rows * hidden) + 4 * 4 * rows;
+    counter.call(format!("logprob, {size}"), least, || {
+        cuda.logprob(
+            shape(rows),
+            1.0,
+            &x,
+            head,
+            &targets,
+            &mut logprob,
+            &mut lse,
+            &mut entropy,
+        )
+    });
+    let mut dx = cuda.zeros(rows * hidden).unwrap();
+    let mut dhead = cuda.zeros(weights).unwrap();
+    let least = (2 + 8) * weights + 2 * 2 * rows * hidden + 3 * 4 * rows;
+    counter.call(format!("logprob_backward, {size}"), least, || {
+        cuda.logprob_backward(
+            shape(rows),
+            1.0,
+            &x,
+            head,
+            &targets,
+            &lse,
+            &dlogprob,
+            &mut dx,
+            Some(&mut dhead),
+        )
+    });
+    for rows in [128, 8] {
+        let mut logits = cuda.zeros(rows * vocab).unwrap();
+        let least = 2 * (weights + rows * hidden) + 4 * rows * vocab;
+        counter.call(
+            format!("logits, {rows} x {hidden} -> {vocab}"),
+            least,
+            || cuda.logits(shape(rows), &x, head, &mut logits),
+        );
+    }
+}
+
 fn norm(cuda: &Cuda, counter: &mut Counter) {
-    for (rows, width) in [(4096, 576), (1024, 2048)] {
+    for (rows, width) in [(4096, 576), (3072, 2048)] {
         let shape = NormShape { rows, width };
         let n = rows * width;
         let (x, dy, w) = (bf16s(cuda, n), bf16s(cuda, n), f32s(cuda, width));
@@ -218,12 +392,28 @@ fn norm(cuda: &Cuda, counter: &mut Counter) {
     );
 }
 
-const HEADS: Heads = Heads {
-    q_heads: 9,
-    kv_heads: 3,
-    head_dim: 64,
-};
-const HEADS_NAME: &str = "(9 + 3 + 3) heads of 64";
+fn ranking(cuda: &Cuda, counter: &mut Counter) {
+    let (lists, items) = (64, 64);
+    let n = lists * items;
+    // 37 and 64 have no common factor: each list is a permutation.
+    let order: Vec<u32> = (0..n).map(|i| (i * 37 % items) as u32).collect();
+    let labels: Vec<f32> = (0..n).map(|i| (i % 3 == 0) as u32 as f32).collect();
+    let (order, labels, scores) = (up(cuda, &order), up(cuda, &labels), f32s(cuda, n));
+    let (mut one, mut d) = (cuda.zeros(lists).unwrap(), cuda.zeros(n).unwrap());
+    let shape = format!("{lists} x {items}");
+    let least = 8 * n + 4 * lists;
+    counter.call(format!("ranking_reward (NDCG), {shape}"), least, || {
+        let kind = RankingReward::Ndcg;
+        cuda.ranking_reward(lists, items, kind, 0.0, &order, &labels, &mut one)
+    });
+    let least = 12 * n + 4 * lists;
+    counter.call(format!("plackett_luce_loss, {shape}"), least, || {
+        cuda.plackett_luce_loss(lists, items, 1.0, &scores, &order, &mut one, &mut d)
+    });
+    counter.call(format!("pairwise_logistic_loss, {shape}"), least, || {
+        cuda.pairwise_logistic_loss(lists, items, 1.0, &scores, &labels, &mut one, &mut d)
+    });
+}
 
 fn rope(cuda: &Cuda, counter: &mut Counter) {
     let rows = 1024;
@@ -235,4 +425,32 @@ fn rope(cuda: &Cuda, counter: &mut Counter) {
     counter.call(format!("rope, {rows} x {HEADS_NAME}"), least, || {
         cuda.rope(rows, HEADS, &positions, &cos, &sin, false, &mut qkv)
     });
+}
+
+fn sampling(cuda: &Cuda, counter: &mut Counter) {
+    let (rows, vocab) = (4, 32_000);
+    let logits = f32s(cuda, rows * vocab);
+    let plain = RowSampling::default();
+    let filtered = RowSampling {
+        top_k: 50,
+        top_p: 0.95,
+        ..plain
+    };
+    for (name, params) in [("plain", plain), ("top-k and top-p", filtered)] {
+        let params = up(cuda, &[params; 4]);
+        let mut tokens = cuda.zeros(rows).unwrap();
+        let [mut logprob, mut kept] = [(); 2].map(|()| cuda.zeros(rows).unwrap());
+        let least = rows * (4 * vocab + 32 + 12);
+        counter.call(format!("sample, {name}, {rows} x {vocab}"), least, || {
+            cuda.sample(
+                rows,
+                vocab,
+                &logits,
+                &params,
+                &mut tokens,
+                &mut logprob,
+                &mut kept,
+            )
+        });
+    }
 }
