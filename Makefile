@@ -1,6 +1,8 @@
 # make demo         DuST end to end on a real model, on the CPU (report in runs/demo/report.html)
 # make test         everything that must hold; what continuous integration runs
 # make test-cust    the part of it that needs cust, linked to the emulator as libcuda
+# make test-long    ten thousand programs in the sandbox (minutes)
+# make fuzz         the fuzz targets, a minute each; needs cargo-fuzz
 # make bench        the kernels' benchmarks (criterion)
 # make bench-peers  beside llama.cpp and PyTorch, which it sets up itself
 # make ptx          the kernels' PTX, as target/ptx/<operation>.<architecture>.ptx
@@ -17,10 +19,11 @@ ifeq ($(strip $(DUST_NVCC)$(CUDA_HOME)$(shell command -v nvcc)),)
 NVCC := $(TOOLCHAIN)
 endif
 
-.PHONY: demo test test-cust bench bench-peers ptx toolchain model humaneval
+.PHONY: demo test test-cust test-long fuzz bench bench-peers ptx toolchain model humaneval
 
-demo: $(MODEL) $(NVCC)
-	cargo build --release --package dust-train
+# On the CPU: nothing of CUDA is built.
+demo: $(MODEL)
+	cargo build --release --package dust-train --no-default-features
 	target/release/dust-train run --config configs/demo.toml --run runs/demo
 
 # Always the pinned compiler: tests compare what it makes with figures that are committed.
@@ -45,11 +48,18 @@ test-cust: $(TOOLCHAIN)
 	cargo test --package dust-kernels --features cust --test cust
 	cargo test --package dust-kernels --features cust --doc cuda::cust
 
+test-long: $(NVCC)
+	cargo test --package dust-train --test sandbox_soak -- --ignored --nocapture
+
+fuzz:
+	cd bin/dust-train && for target in exec_request box_answer printed; do \
+		RUSTC_BOOTSTRAP=1 cargo fuzz run $$target -- -max_total_time=60 || exit 1; done
+
 bench: $(NVCC)
 	cargo bench --package dust-kernels
 
-bench-peers: $(MODEL) $(NVCC)
-	cargo build --release --package dust-train
+bench-peers: $(MODEL)
+	cargo build --release --package dust-train --no-default-features
 	python3 scripts/bench_peers.py --model $(MODEL)
 
 ptx: $(NVCC)

@@ -17,7 +17,7 @@
 namespace {
 
 // One sequence of a paged call, as in the Rust `PagedSequence`.
-struct PagedSequence {
+struct alignas(16) PagedSequence {
     uint32_t q_start, q_len, context, first_page;
 };
 
@@ -170,33 +170,40 @@ __device__ __forceinline__ void decode(const Paged& call) {
     }
 }
 
-// A warp merges the chunk states of one head; a lane holds D / 32 neighbouring elements.
+// A warp merges the chunk states of one head; a lane holds two neighbouring elements of every 64.
 template <int D>
 __device__ __forceinline__ void merge(const Paged& call) {
     constexpr int HELD = D / WARP;
     const int head = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    if (head >= call.q_heads) return;
     const PagedSequence s = call.sequences[blockIdx.y];
-    if (head >= call.q_heads || s.q_len != 1 || !call.takes_part(blockIdx.y, s)) return;
+    if (s.q_len != 1 || !call.takes_part(blockIdx.y, s)) return;
     const int chunks = (static_cast<int>(s.context) + KEYS - 1) / KEYS;
     const int64_t index = (static_cast<int64_t>(blockIdx.y) * call.q_heads + head) * call.max_chunks();
     const float2* sums = call.sums + index;
-    const float* values = call.values + index * D + lane * HELD;
+    const float* values = call.values + index * D + lane * 2;
     float value[HELD] = {};
     float max = -INFINITY, sum = 0.0f;
+    float2 held = {};
     for (int chunk = 0; chunk < chunks; chunk++) {
-        const Merge merge(max, sum, sums[chunk].x, sums[chunk].y, true);
+        // A lane loads the maximum and sum of every 32nd chunk, for the warp.
+        const int from = chunk % WARP;
+        if (from == 0 && chunk + lane < chunks) held = sums[chunk + lane];
+        const float chunk_max = __shfl_sync(0xffffffff, held.x, from);
+        const float chunk_sum = __shfl_sync(0xffffffff, held.y, from);
+        const Merge merge(max, sum, chunk_max, chunk_sum, true);
 #pragma unroll
         for (int i = 0; i < HELD; i += 2) {
-            const float2 fresh = *reinterpret_cast<const float2*>(values + chunk * D + i);
+            const float2 fresh = *reinterpret_cast<const float2*>(values + chunk * D + i * WARP);
             value[i] = merge(value[i], fresh.x);
             value[i + 1] = merge(value[i + 1], fresh.y);
         }
     }
     const float factor = 1.0f / sum;
-    bf16* out = call.out + (static_cast<int64_t>(s.q_start) * call.q_heads + head) * D + lane * HELD;
+    bf16* out = call.out + (static_cast<int64_t>(s.q_start) * call.q_heads + head) * D + lane * 2;
 #pragma unroll
     for (int i = 0; i < HELD; i += 2)
-        *reinterpret_cast<uint32_t*>(out + i) =
+        *reinterpret_cast<uint32_t*>(out + i * WARP) =
             pack_bf16(scaled(value[i], factor), scaled(value[i + 1], factor));
 }
 

@@ -111,6 +111,8 @@ extern "C" __global__ void __launch_bounds__(WARP)
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) sum[i] += row.at[i];
     }
+    Float8 total = load8(dbias + column);
 #pragma unroll
-    for (int i = 0; i < CHUNK; i++) dbias[column + i] += sum[i];
+    for (int i = 0; i < CHUNK; i++) total.at[i] += sum[i];
+    store8(dbias + column, total);
 }

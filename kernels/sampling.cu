@@ -167,15 +167,17 @@ __device__ __forceinline__ End prefix_end(Histogram& h, const Row& row, float ma
             if (token + 3 < row.vocab) add(z.w);
         }
         __syncthreads();
-        // A thread has a run of bins, the first thread the topmost.
+        // A thread has a run of bins, the first thread the topmost. It adds them from a place of its own
+        // on, so that lanes meet in few banks.
         constexpr int RUN = BINS / THREADS;
         const int top = BINS - 1 - static_cast<int>(threadIdx.x) * RUN;
         unsigned count_of_run = 0, all_count;
         Mass mass_of_run = 0, all_mass;
 #pragma unroll
         for (int i = 0; i < RUN; i++) {
-            count_of_run += h.count[top - i];
-            mass_of_run += h.mass[top - i];
+            const int bin = top - (i + threadIdx.x) % RUN;
+            count_of_run += h.count[bin];
+            mass_of_run += h.mass[bin];
         }
         unsigned count_before = count_above + block_before(count_of_run, all_count, h.count_scratch);
         Mass mass_before = mass_above + block_before(mass_of_run, all_mass, h.mass_scratch);

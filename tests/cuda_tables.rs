@@ -174,3 +174,17 @@ fn the_tables_are_up_to_date() {
         compare("docs/counters.md", &counters(&workloads));
     });
 }
+
+#[test]
+fn the_readme_quotes_the_table() {
+    let read = |path| std::fs::read_to_string(root(path)).unwrap();
+    let (readme, table) = (read("README.md"), read("docs/counters.md"));
+    let quoted: Vec<&str> = readme.lines().filter(|l| l.ends_with(" us |")).collect();
+    assert!(quoted.len() > 10, "{quoted:?}");
+    for line in quoted {
+        assert!(
+            table.contains(line),
+            "README.md: `{line}` is not in docs/counters.md"
+        );
+    }
+}

@@ -33,7 +33,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 }
 
 // One sequence of a packed batch, as in the Rust `Segment`.
-struct Segment {
+struct alignas(16) Segment {
     uint32_t start, len, prefix_start, prefix_len;
 };
 

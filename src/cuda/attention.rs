@@ -1,4 +1,7 @@
 //! Launches of `kernels/attention_*.cu`.
+//!
+//! Heads of 64 and 128 elements. Keys out of sight count as zeros, so a NaN or an infinity in a value
+//! may also reach earlier rows of its own sequence (never another sequence); on the CPU it does not.
 
 use super::launch::{Fault, Grid, Kernels, dim};
 use super::{Cuda, CudaBuffer, device_error};

@@ -2,7 +2,7 @@
 
 mod sandbox_support;
 
-use dust_train::sandbox::{Mode, Program, Test, Verdict};
+use dust_train::sandbox::{Limits, Mode, Program, Test, Verdict};
 use sandbox_support::*;
 use serde_json::{Value, json};
 
@@ -24,10 +24,12 @@ fn scripts() {
         Verdict::Passed,
     );
     expect(script("while True: pass", "", ""), Verdict::Timeout);
-    expect(
-        script("import time\ntime.sleep(60)", "", ""),
-        Verdict::Timeout,
-    );
+    let short = Limits {
+        wall_s: 1.0,
+        ..limits()
+    };
+    let sleeps = stdin_program("import time\ntime.sleep(60)", "", "");
+    expect(sandbox().run(&sleeps, &short), Verdict::Timeout);
     expect(script("x = 'a' * (1 << 30)", "", ""), Verdict::Memory);
     expect(
         script("while True: print('x' * 1000000)", "", ""),
@@ -131,6 +133,23 @@ fn assertions() {
         asserts("def f(g): return g", None, "assert ("),
         Verdict::InfraError,
     );
+    // What the test misses is not the program's fault; what the program misses is.
+    expect(
+        asserts(
+            "def f(): return 1",
+            None,
+            "import no_such_module\nassert f() == 1",
+        ),
+        Verdict::InfraError,
+    );
+    expect(
+        asserts(
+            "import no_such_module\ndef f(): return 1",
+            None,
+            "assert f() == 1",
+        ),
+        Verdict::RuntimeError,
+    );
 }
 
 #[test]
@@ -145,7 +164,7 @@ fn exec_protocol() {
         r#"{"source": "def f(a, b): return a * b", "mode": "function", "entry_point": "f",
             "tests": [{"input": [2, 3], "output": 6}, {"input": [2, 2], "output": 5},
                       {"input": [99999999999, 99999999999], "output": 9999999999800000000001}],
-            "limits": {"cpu_s": 1, "wall_s": 3}, "stop_at_first_failure": false}"#,
+            "limits": {"cpu_s": 1, "wall_s": 30}, "stop_at_first_failure": false}"#,
     )
     .expect("a verdict");
     assert_eq!(reply["verdict"], "wrong_answer");

@@ -111,8 +111,13 @@ fn forged_verdicts_of_assertions() {
         "import threading, __main__\n__main__.check = lambda c: None\ndef f(x): return 0",
         "import os\ndef f(x):\n  os.write(6, b'\\xff\\xff\\xff\\xff' + b'x' * 100)\n  return 0",
     ];
+    // One promises more than it sends, and the test waits for the rest.
+    let short = Limits {
+        wall_s: 3.0,
+        ..limits()
+    };
     for source in forgeries {
-        let outcome = asserts(source, Some("f"), tests);
+        let outcome = sandbox().run(&assert_program(source, Some("f"), tests), &short);
         let verdict = outcome.verdict;
         assert!(
             !matches!(verdict, Verdict::Passed | Verdict::InfraError),
@@ -123,24 +128,42 @@ fn forged_verdicts_of_assertions() {
 
 #[test]
 fn time_and_stop() {
-    let fast = Limits {
+    // CPU time decides over these. The clock is far off, so that a loaded host changes nothing.
+    let busy = Limits {
         cpu_s: 0.5,
-        wall_s: 1.0,
+        wall_s: 120.0,
         ..limits()
     };
     for source in [
         "while True:\n  try:\n    while True: pass\n  except BaseException: pass",
-        "import signal, time\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except Exception: pass\nwhile True: time.sleep(1)",
-        "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nimport time\ntime.sleep(60)",
         "x = 7 ** 10 ** 9",
         "import re\nre.match('(a+)+$', 'a' * 64 + 'b')",
         "import os\nfor fd in range(10):\n  try: os.close(fd)\n  except OSError: pass\nwhile True: pass",
         // many short-lived children spend the time
         "import os, signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\nimport time\nwhile True:\n  if os.fork() == 0:\n    e = time.process_time() + 0.05\n    while time.process_time() < e: pass\n    os._exit(0)\n  time.sleep(0.05)",
     ] {
-        let outcome = sandbox().run(&stdin_program(source, "", "x"), &fast);
+        let outcome = sandbox().run(&stdin_program(source, "", "x"), &busy);
         assert_eq!(outcome.verdict, Verdict::Timeout, "{source}\n{outcome:#?}");
-        assert!(outcome.tests[0].wall_ms < 15_000.0, "{source}");
+        let wall_ms = outcome.tests[0].wall_ms;
+        assert!(wall_ms < 120_000.0, "the clock decided: {source}");
+    }
+    // These spend none, and the clock ends them; what they wait for a core is not counted.
+    let idle = Limits {
+        cpu_s: 10.0,
+        wall_s: 1.5,
+        ..limits()
+    };
+    for source in [
+        "import signal, time\nfor s in range(1, 65):\n  try: signal.signal(s, signal.SIG_IGN)\n  except Exception: pass\nwhile True: time.sleep(1)",
+        "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\nimport time\ntime.sleep(60)",
+    ] {
+        let outcome = sandbox().run(&stdin_program(source, "", "x"), &idle);
+        assert_eq!(outcome.verdict, Verdict::Timeout, "{source}\n{outcome:#?}");
+        assert!(outcome.tests[0].cpu_ms < 5_000.0, "{source}\n{outcome:#?}");
+        assert!(
+            outcome.tests[0].wall_ms >= 1_500.0,
+            "{source}\n{outcome:#?}"
+        );
     }
     // A daemon that holds stdout does not hold the verdict.
     let daemon = "import os, time\nprint('done', flush=True)\nif os.fork() == 0:\n  time.sleep(60)\n  print('late')";

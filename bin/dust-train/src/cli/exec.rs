@@ -9,8 +9,9 @@ use crate::sandbox::{self, Layer, Sandbox, SandboxConfig};
 /// Runs a program in the sandbox: one JSON object on stdin, one on stdout.
 ///
 /// In: {"source": "...", "mode": "stdin" | "function" | "assert", "entry_point": "...", "tests":
-/// [{"input": ..., "output": ...}], "test_code": "...", "limits": {"cpu_s": 10, ...}}. Out: the
-/// verdict, the first test that failed, each test's figures, and what the sandbox had in force.
+/// [{"input": ..., "output": ...}], "test_code": "...", "limits": {"cpu_s": 10, ...}, "grading":
+/// "process" | "lcb-strict", "stop_at_first_failure": true}. Out: the verdict, the first test that
+/// failed, each test's figures, and what the sandbox had in force.
 #[derive(clap::Args)]
 pub(super) struct Args {
     /// Read many objects, one a line, and answer each with a line as it is done.

@@ -16,8 +16,9 @@ pub(super) enum Command {
 
 /// Read a problem set and say what it holds, what was refused, and why.
 ///
-/// SPEC is `builtin`, `humaneval[:FILE]`, `livecodebench:FILE_OR_FOLDER[@WINDOW]` (WINDOW is v5, v6
-/// or START..END), or a JSON Lines file with one problem a line.
+/// SPEC is `builtin`, `humaneval[:FILE]`, `humaneval+:FILE`, `mbpp:FILE`, `mbpp+:FILE`,
+/// `rstar:FILE_OR_FOLDER`, `livecodebench:FILE_OR_FOLDER[@WINDOW]` (WINDOW is v5, v6, START..END
+/// or release_vN), or a JSON Lines file with one problem a line.
 #[derive(clap::Args)]
 #[command(
     after_help = "Examples:\n  dust-train tasks inspect builtin\n  dust-train tasks inspect livecodebench:data/lcb@v6"

@@ -4,7 +4,7 @@ use super::BadInput;
 use crate::judge::Parse;
 use crate::model::Storage;
 use crate::rollout::SamplingSettings;
-use crate::sandbox::{Layer, Limits};
+use crate::sandbox::{Grading, Layer, Limits};
 use crate::tasks::extract::Rule;
 use anyhow::Result;
 use dust_kernels::{grpo, ranking};
@@ -126,6 +126,8 @@ impl Default for SampleSettings {
 pub struct SandboxSettings {
     /// What a program may use, each test for itself.
     pub limits: Limits,
+    /// Whose rules decide: `process`, or `lcb-strict` for LiveCodeBench's (docs/benchmarks.md).
+    pub grading: Grading,
     /// Layers that may be missing; labelling refuses to start where another one is.
     pub allow_weak: Vec<Layer>,
     /// Programs that run at a time; left out: one a core.
@@ -502,10 +504,11 @@ impl Config {
                 "eval.permutations: must be at least 1",
             ),
         ];
-        match rules.iter().find(|(holds, _)| !holds) {
-            Some((_, rule)) => Err(BadInput((*rule).to_owned())),
-            None => Ok(()),
+        if let Some((_, rule)) = rules.iter().find(|(holds, _)| !holds) {
+            return Err(BadInput((*rule).to_owned()));
         }
+        let limits = self.sandbox.limits.check();
+        limits.map_err(|error| BadInput(format!("sandbox.{error}")))
     }
 }
 

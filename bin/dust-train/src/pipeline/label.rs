@@ -60,6 +60,7 @@ pub(super) fn open_sandbox(config: &Config) -> Result<Sandbox> {
     Sandbox::new(SandboxConfig {
         allow_weak: config.sandbox.allow_weak.clone(),
         workers: config.sandbox.workers,
+        grading: config.sandbox.grading,
         ..SandboxConfig::default()
     })
 }

@@ -9,6 +9,9 @@ use std::cmp::Ordering;
 use serde_json::Value;
 use serde_json::value::RawValue;
 
+/// How deep an expected value may be nested: as deep as an answer, which JSON's reader bounds.
+const DEPTH: usize = 127;
+
 /// A value of a type that can be compared without running anybody's code.
 #[derive(Debug, Clone)]
 pub enum Data {
@@ -38,20 +41,42 @@ pub struct Integer {
 }
 
 impl Integer {
-    fn new(negative: bool, digits: &[u8], radix: u32) -> Option<Self> {
-        if digits.is_empty() {
+    /// From limbs, the least first.
+    fn new(negative: bool, mut limbs: Vec<u32>) -> Self {
+        while limbs.last() == Some(&0) {
+            limbs.pop();
+        }
+        limbs.reverse();
+        Self {
+            negative: negative && !limbs.is_empty(),
+            limbs,
+        }
+    }
+
+    /// Linear in the length, as a box may send many and long ones.
+    fn from_hex(negative: bool, digits: &str) -> Option<Self> {
+        let limb = |chunk: &[u8]| {
+            let text = std::str::from_utf8(chunk).ok()?;
+            let plain = text.bytes().all(|b| b.is_ascii_hexdigit());
+            plain.then(|| u32::from_str_radix(text, 16).ok())?
+        };
+        let limbs: Option<Vec<u32>> = digits.as_bytes().rchunks(8).map(limb).collect();
+        (!digits.is_empty()).then_some(Self::new(negative, limbs?))
+    }
+
+    fn from_decimal(negative: bool, digits: &str) -> Option<Self> {
+        // Longer ones are no test's, and take quadratic time.
+        if digits.is_empty() || digits.len() > 100_000 {
             return None;
         }
-        // Little-endian while it grows.
         let mut limbs: Vec<u32> = Vec::new();
-        let power = if radix == 16 { 7 } else { 9 };
-        for chunk in digits.chunks(power) {
+        for chunk in digits.as_bytes().chunks(9) {
             let text = std::str::from_utf8(chunk).ok()?;
-            if !text.bytes().all(|b| (b as char).is_digit(radix)) {
+            if !text.bytes().all(|b| b.is_ascii_digit()) {
                 return None;
             }
-            let mut carry = u64::from(u32::from_str_radix(text, radix).ok()?);
-            let factor = u64::from(radix.pow(chunk.len() as u32));
+            let mut carry = text.parse::<u64>().ok()?;
+            let factor = 10u64.pow(chunk.len() as u32);
             for limb in &mut limbs {
                 let value = u64::from(*limb) * factor + carry;
                 *limb = value as u32;
@@ -61,14 +86,7 @@ impl Integer {
                 limbs.push(carry as u32);
             }
         }
-        while limbs.last() == Some(&0) {
-            limbs.pop();
-        }
-        limbs.reverse();
-        Some(Self {
-            negative: negative && !limbs.is_empty(),
-            limbs,
-        })
+        Some(Self::new(negative, limbs))
     }
 
     /// `text` in base 10, or with the prefix `0x` in base 16.
@@ -77,13 +95,9 @@ impl Integer {
             Some(rest) => (true, rest),
             None => (false, text),
         };
-        // Longer ones cannot be right and take quadratic time.
-        if digits.len() > 100_000 {
-            return None;
-        }
         match digits.strip_prefix("0x") {
-            Some(hex) => Self::new(negative, hex.as_bytes(), 16),
-            None => Self::new(negative, digits.as_bytes(), 10),
+            Some(hex) => Self::from_hex(negative, hex),
+            None => Self::from_decimal(negative, digits),
         }
     }
 
@@ -104,7 +118,7 @@ impl Integer {
                 "0".repeat(exponent as usize / 4)
             )
         };
-        Self::new(value < 0.0, hex.as_bytes(), 16)
+        Self::from_hex(value < 0.0, &hex)
     }
 }
 
@@ -149,23 +163,27 @@ impl Data {
 
     /// An expected value as `json.loads` reads it, integers of any size included.
     pub fn from_json(text: &str) -> serde_json::Result<Self> {
+        Self::from_json_within(text, DEPTH)
+    }
+
+    fn from_json_within(text: &str, room: usize) -> serde_json::Result<Self> {
         let text = text.trim();
+        if room == 0 {
+            let problem = format!("nested more than {DEPTH} deep");
+            return Err(serde::de::Error::custom(problem));
+        }
+        let inner = |item: &RawValue| Self::from_json_within(item.get(), room - 1);
         Ok(match text.as_bytes().first() {
             Some(b'[') => Data::List(
                 serde_json::from_str::<Vec<&RawValue>>(text)?
                     .into_iter()
-                    .map(|item| Self::from_json(item.get()))
+                    .map(inner)
                     .collect::<Result<_, _>>()?,
             ),
             Some(b'{') => Data::Dict(
                 serde_json::from_str::<std::collections::BTreeMap<String, &RawValue>>(text)?
                     .into_iter()
-                    .map(|(k, v)| {
-                        Ok((
-                            Data::Str(k.chars().map(u32::from).collect()),
-                            Self::from_json(v.get())?,
-                        ))
-                    })
+                    .map(|(k, v)| Ok((Data::Str(k.chars().map(u32::from).collect()), inner(v)?)))
                     .collect::<serde_json::Result<_>>()?,
             ),
             Some(b'N') if text == "NaN" => Data::Float(f64::NAN),
@@ -190,6 +208,14 @@ impl Data {
         })
     }
 
+    /// A string as text; `None` for other values, and where a lone surrogate makes it none.
+    pub(super) fn text(&self) -> Option<String> {
+        match self {
+            Data::Str(points) => points.iter().map(|&c| char::from_u32(c)).collect(),
+            _ => None,
+        }
+    }
+
     /// Python's `self == expected`. `tuples` says how deep a tuple may stand for a list.
     pub fn equals(&self, expected: &Data, tuples: Tuples) -> bool {
         let inner = if tuples == Tuples::Anywhere {
@@ -205,10 +231,7 @@ impl Data {
                 Integer::from_f64(*b).is_some_and(|b| b == *a)
             }
             (Data::Str(a), Data::Str(b)) => a == b,
-            (Data::Tuple(a), Data::List(b)) if tuples == Tuples::Never => {
-                let _ = (a, b);
-                false
-            }
+            (Data::Tuple(_), Data::List(_)) if tuples == Tuples::Never => false,
             (Data::List(a) | Data::Tuple(a), Data::List(b)) => {
                 a.len() == b.len() && a.iter().zip(b).all(|(a, b)| a.equals(b, inner))
             }
@@ -242,6 +265,7 @@ pub enum Tuples {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn same(answer: &str, expected: &str) -> bool {
         let answer = Data::from_answer(&serde_json::from_str(answer).unwrap()).unwrap();
@@ -278,6 +302,73 @@ mod tests {
         let nested = Data::Tuple(vec![Data::Tuple(vec![])]);
         assert!(!nested.equals(&Data::from_json("[[]]").unwrap(), Tuples::Top));
         assert!(Data::Tuple(vec![]).equals(&Data::from_json("[]").unwrap(), Tuples::Top));
+    }
+
+    #[test]
+    fn depth_and_length_are_bounded() {
+        let nested = |depth: usize| format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        assert!(Data::from_json(&nested(DEPTH)).is_ok());
+        let error = Data::from_json(&nested(100_000)).unwrap_err().to_string();
+        assert!(error.contains("nested more than"), "{error}");
+        let answer = Value::from(format!("0x{}", "f".repeat(1 << 20)));
+        let start = std::time::Instant::now();
+        for _ in 0..20 {
+            assert!(Data::from_answer(&serde_json::json!({"i": answer})).is_some());
+        }
+        // A quadratic reader takes minutes.
+        assert!(start.elapsed().as_secs() < 20);
+    }
+
+    proptest! {
+        #[test]
+        fn integers_survive_in_both_bases(n in any::<i128>()) {
+            let hex = format!("{}0x{:x}", if n < 0 { "-" } else { "" }, n.unsigned_abs());
+            let answer = serde_json::json!({"i": hex}).to_string();
+            prop_assert!(same(&answer, &n.to_string()));
+            prop_assert!(!same(&answer, &n.wrapping_add(1).to_string()));
+        }
+
+        #[test]
+        fn an_answer_equals_what_it_says_and_nothing_near(value in value()) {
+            let expected = value.to_string();
+            prop_assert!(same(&answer(&value).to_string(), &expected));
+            let other = serde_json::json!([value]).to_string();
+            prop_assert!(!same(&answer(&value).to_string(), &other));
+        }
+    }
+
+    /// JSON without its floats' rounding: what a test may expect.
+    fn value() -> impl Strategy<Value = Value> {
+        let leaf = prop_oneof![
+            Just(Value::Null),
+            any::<i64>().prop_map(Value::from),
+            any::<f64>()
+                .prop_filter("finite", |x| x.is_finite())
+                .prop_map(Value::from),
+            ".{0,6}".prop_map(Value::from),
+        ];
+        leaf.prop_recursive(4, 32, 4, |inner| {
+            prop_oneof![
+                proptest::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+                proptest::collection::btree_map(".{0,3}", inner, 0..4)
+                    .prop_map(|map| Value::Object(map.into_iter().collect())),
+            ]
+        })
+    }
+
+    /// The answer that a box sends for it.
+    fn answer(value: &Value) -> Value {
+        match value {
+            Value::Number(n) if n.is_f64() => {
+                serde_json::json!({"f": n.as_f64().map(f64::to_bits)})
+            }
+            Value::Array(items) => items.iter().map(answer).collect(),
+            Value::Object(map) => {
+                let pairs = map.iter().map(|(k, v)| serde_json::json!([k, answer(v)]));
+                serde_json::json!({"d": pairs.collect::<Vec<_>>()})
+            }
+            plain => plain.clone(),
+        }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io::{BufRead, Read, Write};
 use std::sync::{Mutex, PoisonError};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use serde_json::value::RawValue;
@@ -103,54 +103,119 @@ pub fn serve(
     })
 }
 
-fn answer(sandbox: &Sandbox, text: &str) -> Result<String> {
-    let request: Request = serde_json::from_str(text).context("exec: not a request")?;
-    let limits = request.limits;
-    for (name, value) in [("cpu_s", limits.cpu_s), ("wall_s", limits.wall_s)] {
-        ensure!(
-            value > 0.0 && value <= 86_400.0,
-            "exec: limits.{name} is {value}: give seconds, up to a day"
-        );
-    }
-    ensure!(
-        (1..=1 << 20).contains(&limits.memory_mb) && limits.files_mb <= 1 << 20,
-        "exec: limits.memory_mb and limits.files_mb go up to {}",
-        1 << 20
-    );
-    let tests = request.tests.iter().enumerate().map(|(index, test)| {
-        Ok(match request.mode {
-            Mode::Stdin => {
-                let text = |value: &RawValue, field: &str| {
-                    serde_json::from_str::<String>(value.get()).with_context(|| {
-                        format!("exec: tests[{index}].{field}: stdin mode wants a string")
-                    })
-                };
-                Test {
-                    input: text(test.input, "input")?,
-                    output: text(test.output, "output")?,
+/// A request that makes sense.
+#[derive(Debug)]
+pub(super) struct Work {
+    id: Option<Value>,
+    program: Program,
+    limits: Limits,
+    grading: Grading,
+    all_tests: bool,
+}
+
+impl Work {
+    pub fn parse(text: &str) -> Result<Self> {
+        let request: Request = serde_json::from_str(text).context("exec: not a request")?;
+        request.limits.check().context("exec")?;
+        let tests = request.tests.iter().enumerate().map(|(index, test)| {
+            Ok(match request.mode {
+                Mode::Stdin => {
+                    let text = |value: &RawValue, field: &str| {
+                        serde_json::from_str::<String>(value.get()).with_context(|| {
+                            format!("exec: tests[{index}].{field}: stdin mode wants a string")
+                        })
+                    };
+                    Test {
+                        input: text(test.input, "input")?,
+                        output: text(test.output, "output")?,
+                    }
                 }
-            }
-            _ => Test {
-                input: test.input.get().into(),
-                output: test.output.get().into(),
+                _ => Test {
+                    input: test.input.get().into(),
+                    output: test.output.get().into(),
+                },
+            })
+        });
+        Ok(Self {
+            program: Program {
+                tests: tests.collect::<Result<_>>()?,
+                source: request.source,
+                mode: request.mode,
+                entry_point: request.entry_point,
+                test_code: request.test_code,
             },
+            id: request.id,
+            limits: request.limits,
+            grading: request.grading,
+            all_tests: !request.stop_at_first_failure.unwrap_or(true),
         })
-    });
-    let program = Program {
-        tests: tests.collect::<Result<_>>()?,
-        source: request.source,
-        mode: request.mode,
-        entry_point: request.entry_point,
-        test_code: request.test_code,
-    };
-    let all_tests = !request.stop_at_first_failure.unwrap_or(true);
-    let outcome = sandbox.run_with(&program, &limits, request.grading, all_tests);
+    }
+}
+
+fn answer(sandbox: &Sandbox, text: &str) -> Result<String> {
+    let work = Work::parse(text)?;
+    let outcome = sandbox.run_with(&work.program, &work.limits, work.grading, work.all_tests);
     let reply = Reply {
-        id: request.id,
+        id: work.id,
         verdict: outcome.verdict,
         failed_test: outcome.failed_test,
         tests: outcome.tests,
         effective: sandbox.effective(),
     };
     Ok(serde_json::to_string(&reply)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GOOD: &str = r#"{"id": 1, "source": "x", "mode": "function", "entry_point": "f", "tests": [{"input": [1], "output": 123456789012345678901234567890}], "limits": {"cpu_s": 1}, "grading": "lcb-strict"}"#;
+
+    #[test]
+    fn numbers_keep_every_digit() {
+        let work = Work::parse(GOOD).unwrap();
+        assert_eq!(
+            work.program.tests[0].output,
+            "123456789012345678901234567890"
+        );
+        assert_eq!(work.grading, Grading::LcbStrict);
+        assert!(!work.all_tests);
+    }
+
+    #[test]
+    fn limits_that_no_machine_has_are_refused() {
+        for (limit, value) in [
+            ("cpu_s", "0"),
+            ("cpu_s", "-1"),
+            ("wall_s", "1e300"),
+            ("memory_mb", "0"),
+            ("memory_mb", "18446744073709551615"),
+            ("output_bytes", "18446744073709551615"),
+            ("processes", "4294967295"),
+            ("files_mb", "18446744073709551615"),
+        ] {
+            let text = GOOD.replace("\"cpu_s\": 1", &format!("\"{limit}\": {value}"));
+            let error = format!("{:#}", Work::parse(&text).unwrap_err());
+            assert!(error.contains(limit), "{error} should name {limit}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_mutation_panics(at in 0..GOOD.len(), bytes in "\\PC{0,3}", cut in any::<bool>()) {
+            let end = if cut { GOOD.len() } else { at + 1 };
+            let _ = Work::parse(&format!("{}{bytes}{}", &GOOD[..at], &GOOD[end..]));
+        }
+
+        #[test]
+        fn any_program_comes_through(source in ".{0,80}", input in ".{0,40}", output in ".{0,40}") {
+            let request = serde_json::json!({
+                "source": source, "mode": "stdin", "tests": [{"input": input, "output": output}],
+            });
+            let work = Work::parse(&request.to_string()).unwrap();
+            prop_assert_eq!(work.program.source, source);
+            prop_assert_eq!(&work.program.tests[0], &Test::stdin(input, output));
+        }
+    }
 }

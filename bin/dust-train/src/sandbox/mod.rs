@@ -26,6 +26,7 @@ mod effective;
 mod exec;
 mod janitor;
 mod landlock;
+mod launch;
 mod program;
 mod seccomp;
 mod stdout;
@@ -47,6 +48,28 @@ pub use exec::{exec, serve};
 pub use program::{Limits, Mode, Outcome, Program, Test, TestOutcome, Verdict};
 pub use stdout::same_output;
 
+/// For the fuzz targets (`fuzz/`): what reads hostile bytes.
+#[doc(hidden)]
+pub mod fuzz {
+    use super::{Data, Tuples, Verdict, exec::Work, same_output, verdict::answered};
+
+    /// A request of `exec`; whether it is one.
+    pub fn request(text: &str) -> bool {
+        Work::parse(text).is_ok()
+    }
+
+    /// A frame of a box, against an expected value.
+    pub fn answer(frame: &[u8], expected: &str) -> Option<Verdict> {
+        let expected = Data::from_json(expected).ok()?;
+        Some(answered(frame, &expected, Tuples::Anywhere))
+    }
+
+    /// Printed text against expected text.
+    pub fn printed(printed: &str, expected: &str) -> bool {
+        same_output(printed, expected)
+    }
+}
+
 use cgroup::Cgroup;
 use worker::Worker;
 use zygote::{Facts, Zygote};
@@ -58,7 +81,8 @@ pub enum Grading {
     /// Every test is a process; a program passes as it would from the command line.
     #[default]
     Process,
-    /// LiveCodeBench's evaluator: a returned tuple counts as a list at the top only.
+    /// LiveCodeBench's evaluator: one process for all tests, the program as a function in it, and all
+    /// that follows from this (`docs/benchmarks.md`). Always stops at the first failure.
     LcbStrict,
 }
 

@@ -1,5 +1,6 @@
 //! What goes into the sandbox and what comes out.
 
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 /// How a program is tested.
@@ -88,6 +89,44 @@ impl Default for Limits {
             processes: 64,
             files_mb: 64,
         }
+    }
+}
+
+impl Limits {
+    /// Refuses what no program can be held to.
+    pub fn check(&self) -> Result<()> {
+        for (name, value) in [("cpu_s", self.cpu_s), ("wall_s", self.wall_s)] {
+            ensure!(
+                value > 0.0 && value <= 86_400.0,
+                "limits.{name} is {value}: give seconds, up to a day"
+            );
+        }
+        let mebibytes = 1..=1 << 20;
+        ensure!(
+            mebibytes.contains(&self.memory_mb),
+            "limits.memory_mb is {}: give mebibytes, up to {}",
+            self.memory_mb,
+            mebibytes.end()
+        );
+        ensure!(
+            self.files_mb <= *mebibytes.end(),
+            "limits.files_mb is {}: give mebibytes, up to {}",
+            self.files_mb,
+            mebibytes.end()
+        );
+        ensure!(
+            self.output_bytes <= 1 << 30,
+            "limits.output_bytes is {}: give bytes, up to {}",
+            self.output_bytes,
+            1 << 30
+        );
+        ensure!(
+            (1..=1 << 15).contains(&self.processes),
+            "limits.processes is {}: give a number up to {}",
+            self.processes,
+            1 << 15
+        );
+        Ok(())
     }
 }
 

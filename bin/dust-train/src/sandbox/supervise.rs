@@ -92,13 +92,22 @@ pub(super) struct Running<'a> {
     pub stderr: Capture,
     /// The mark that the program has started, then frames of JSON.
     pub result: Capture,
-    /// A whole frame ends the run: nothing that happens after the answer counts.
-    pub ends_with_answer: bool,
+    /// It answers in frames. Nothing that happens after the last answer counts.
+    pub answers: bool,
     pub exit: Option<Exit>,
     pid: Option<u32>,
     pidfd: Option<OwnedFd>,
     cpu_before: f64,
+    lap: Lap,
     peak_kb: u64,
+}
+
+/// Where the clocks stood when the test began that the limits are for: the box's first, or where one
+/// box does them all, the one after the last answer.
+struct Lap {
+    began: Instant,
+    cpu_s: f64,
+    waited: Duration,
 }
 
 impl<'a> Running<'a> {
@@ -107,18 +116,23 @@ impl<'a> Running<'a> {
         stdout: Capture,
         stderr: Capture,
         result: Capture,
-        ends_with_answer: bool,
+        answers: bool,
     ) -> Self {
         Self {
             zygote,
             stdout,
             stderr,
             result,
-            ends_with_answer,
+            answers,
             exit: None,
             pid: None,
             pidfd: None,
             cpu_before: zygote.cgroup.as_ref().map_or(0.0, |c| c.cpu_s()),
+            lap: Lap {
+                began: Instant::now(),
+                cpu_s: 0.0,
+                waited: Duration::ZERO,
+            },
             peak_kb: 0,
         }
     }
@@ -135,8 +149,29 @@ impl<'a> Running<'a> {
         body.get(..u32::from_ne_bytes(*length) as usize)
     }
 
+    /// Drops the first frame and starts the clocks anew.
+    fn next_lap(&mut self) {
+        let length = self.answer().map_or(0, |body| 4 + body.len());
+        self.result.bytes.drain(1..=length);
+        self.lap = Lap {
+            began: Instant::now(),
+            cpu_s: self.cpu_s(),
+            waited: self.waited_for_cpu(),
+        };
+    }
+
+    /// CPU time since the last answer.
+    pub fn lap_cpu_s(&self) -> f64 {
+        self.cpu_s() - self.lap.cpu_s
+    }
+
+    /// Time by the clock since the last answer.
+    pub fn lap_wall(&self) -> Duration {
+        self.lap.began.elapsed()
+    }
+
     /// CPU time of the whole box so far.
-    pub fn cpu_s(&self) -> f64 {
+    fn cpu_s(&self) -> f64 {
         let accounted = self.exit.as_ref().map_or(0.0, |exit| exit.cpu_s);
         let grouped = match &self.zygote.cgroup {
             Some(cgroup) => cgroup.cpu_s() - self.cpu_before,
@@ -271,28 +306,35 @@ impl Process {
 }
 
 /// Runs until the first box is done, then ends the others. Returns why we stepped in, if we did.
-pub(super) fn supervise(boxes: &mut [Running], limits: &Limits) -> Result<Option<Stop>> {
-    let start = Instant::now();
-    let wall = Duration::from_secs_f64(limits.wall_s);
+/// `on_answer` sees each frame of the first box as its [`Running::answer`], and says whether it is the
+/// last that matters.
+pub(super) fn supervise(
+    boxes: &mut [Running],
+    limits: &Limits,
+    on_answer: &mut dyn FnMut(&Running) -> bool,
+) -> Result<Option<Stop>> {
     let mut stop = None;
     let mut killed_at = None;
-    let mut check_at = start + nap(limits, 0.0, wall);
+    let wall = Duration::from_secs_f64(limits.wall_s);
+    let mut check_at = Instant::now() + nap(limits, 0.0, wall);
     loop {
         let first_done = boxes[0].exit.is_some();
+        stop = stop.or_else(|| overflow(boxes));
+        while stop.is_none() && boxes[0].answers && boxes[0].answer().is_some() {
+            if on_answer(&boxes[0]) {
+                stop = Some(Stop::Answered);
+            } else {
+                boxes[0].next_lap();
+            }
+        }
         if boxes.iter().all(|b| b.exit.is_some()) {
             return Ok(stop);
         }
-        if stop.is_none() {
-            stop = overflow(boxes);
-            if stop.is_none() && boxes[0].ends_with_answer && boxes[0].answer().is_some() {
-                stop = Some(Stop::Answered);
-            }
-        }
         let now = Instant::now();
         if stop.is_none() && !first_done && now >= check_at {
-            stop = exhausted(boxes, limits, now - start)?;
-            let spent = boxes.iter().map(Running::cpu_s).fold(0.0, f64::max);
-            check_at = now + nap(limits, spent, wall.saturating_sub(now - start));
+            stop = exhausted(boxes, limits)?;
+            let spent = boxes.iter().map(Running::lap_cpu_s).fold(0.0, f64::max);
+            check_at = now + nap(limits, spent, wall.saturating_sub(boxes[0].lap_wall()));
         }
         if (stop.is_some() || first_done) && killed_at.is_none() {
             for running in boxes.iter() {
@@ -327,9 +369,10 @@ fn nap(limits: &Limits, spent: f64, wall_left: Duration) -> Duration {
     left.min(wall_left).clamp(SHORTEST_NAP, LONGEST_NAP)
 }
 
-fn exhausted(boxes: &mut [Running], limits: &Limits, elapsed: Duration) -> Result<Option<Stop>> {
+fn exhausted(boxes: &mut [Running], limits: &Limits) -> Result<Option<Stop>> {
     let wall = Duration::from_secs_f64(limits.wall_s);
-    if boxes.iter().any(|b| b.cpu_s() > limits.cpu_s) {
+    let elapsed = boxes[0].lap_wall();
+    if boxes.iter().any(|b| b.lap_cpu_s() > limits.cpu_s) {
         return Ok(Some(Stop::Timeout));
     }
     for running in boxes.iter_mut().filter(|b| b.zygote.cgroup.is_none()) {
@@ -341,7 +384,7 @@ fn exhausted(boxes: &mut [Running], limits: &Limits, elapsed: Duration) -> Resul
         // Time spent waiting for a core is the host's, not the program's.
         let waited = boxes
             .iter()
-            .map(Running::waited_for_cpu)
+            .map(|b| b.waited_for_cpu().saturating_sub(b.lap.waited))
             .max()
             .unwrap_or_default();
         if elapsed.saturating_sub(waited) > wall {

@@ -48,7 +48,7 @@ pub(super) fn ran(running: &Running, stop: Option<Stop>, limits: &Limits, oom_ki
         return Ran::Badly(Verdict::Memory);
     }
     match stop {
-        Some(Stop::Answered) if running.cpu_s() > limits.cpu_s => Ran::Badly(Verdict::Timeout),
+        Some(Stop::Answered) if running.lap_cpu_s() > limits.cpu_s => Ran::Badly(Verdict::Timeout),
         Some(Stop::Answered) => Ran::Cleanly,
         Some(Stop::Timeout) => Ran::Badly(Verdict::Timeout),
         Some(Stop::Memory) => Ran::Badly(Verdict::Memory),
@@ -57,7 +57,7 @@ pub(super) fn ran(running: &Running, stop: Option<Stop>, limits: &Limits, oom_ki
         None if running.stdout.overflowed || running.result.overflowed => {
             Ran::Badly(Verdict::OutputLimit)
         }
-        None if running.cpu_s() > limits.cpu_s => Ran::Badly(Verdict::Timeout),
+        None if running.lap_cpu_s() > limits.cpu_s => Ran::Badly(Verdict::Timeout),
         None if libc::WIFSIGNALED(exit.status) => match libc::WTERMSIG(exit.status) {
             libc::SIGSYS => Ran::Badly(Verdict::Denied),
             libc::SIGXCPU => Ran::Badly(Verdict::Timeout),
@@ -76,7 +76,11 @@ pub(super) fn ran(running: &Running, stop: Option<Stop>, limits: &Limits, oom_ki
 }
 
 fn answer(running: &Running) -> Option<Answer> {
-    serde_json::from_slice(running.answer()?).ok()
+    running.answer().and_then(parsed)
+}
+
+fn parsed(frame: &[u8]) -> Option<Answer> {
+    serde_json::from_slice(frame).ok()
 }
 
 /// The verdict on an exception. The program names it, so this only ever chooses among failures.
@@ -92,14 +96,47 @@ fn raised(kind: &str) -> Verdict {
 /// What a script printed.
 pub(super) fn printed(running: &Running, expected: &str) -> Verdict {
     match std::str::from_utf8(&running.stdout.bytes) {
-        Ok(printed) if same_output(printed, expected) => Verdict::Passed,
-        _ => Verdict::WrongAnswer,
+        Ok(printed) => compared(printed, expected),
+        Err(_) => Verdict::WrongAnswer,
+    }
+}
+
+/// Printed text against what is expected.
+pub(super) fn compared(printed: &str, expected: &str) -> Verdict {
+    if same_output(printed, expected) {
+        Verdict::Passed
+    } else {
+        Verdict::WrongAnswer
+    }
+}
+
+/// What a script printed, where it is the box that collects it.
+pub(super) fn collected(running: &Running) -> Result<String, Verdict> {
+    match answer(running) {
+        Some(Answer {
+            v: Some(value),
+            e: None,
+        }) => Data::from_answer(&value)
+            .and_then(|data| data.text())
+            .ok_or(Verdict::WrongAnswer),
+        Some(Answer {
+            e: Some((kind, _)), ..
+        }) => Err(raised(&kind)),
+        _ => Err(Verdict::RuntimeError),
     }
 }
 
 /// What a function returned.
 pub(super) fn returned(running: &Running, expected: &Data, tuples: Tuples) -> Verdict {
-    match answer(running) {
+    // It may have ended without an answer.
+    running.answer().map_or(Verdict::RuntimeError, |frame| {
+        answered(frame, expected, tuples)
+    })
+}
+
+/// What a frame says, which may be anything at all.
+pub(super) fn answered(frame: &[u8], expected: &Data, tuples: Tuples) -> Verdict {
+    match parsed(frame) {
         Some(Answer {
             v: Some(value),
             e: None,
@@ -110,7 +147,6 @@ pub(super) fn returned(running: &Running, expected: &Data, tuples: Tuples) -> Ve
         Some(Answer {
             e: Some((kind, _)), ..
         }) => raised(&kind),
-        // It ended without an answer, or the answer is not even one.
         _ => Verdict::RuntimeError,
     }
 }
@@ -132,5 +168,50 @@ pub(super) fn asserted(tests: &Running) -> Result<Verdict, String> {
             _ => Ok(Verdict::RuntimeError),
         },
         _ => Ok(Verdict::RuntimeError),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GOOD: &[u8] = br#"{"v": {"d": [["a", {"t": [1, {"f": 4607182418800017408}]}]]}}"#;
+
+    fn judged(frame: &[u8]) -> Verdict {
+        let expected = Data::from_json(r#"{"a": [1, 1.0]}"#).unwrap();
+        answered(frame, &expected, Tuples::Anywhere)
+    }
+
+    #[test]
+    fn frames_are_values_exceptions_or_rubbish() {
+        assert_eq!(judged(GOOD), Verdict::Passed);
+        for (frame, verdict) in [
+            (&br#"{"v": 1}"#[..], Verdict::WrongAnswer),
+            (br#"{"v": null}"#, Verdict::WrongAnswer),
+            (br#"{"v": 1, "e": ["MemoryError", ""]}"#, Verdict::Memory),
+            (br#"{"e": ["PermissionError", ""]}"#, Verdict::Denied),
+            (br#"{"e": ["Passed", ""]}"#, Verdict::RuntimeError),
+            (br#"{"e": "x"}"#, Verdict::RuntimeError),
+            (b"{}", Verdict::RuntimeError),
+            (b"", Verdict::RuntimeError),
+            (b"\xff", Verdict::RuntimeError),
+        ] {
+            assert_eq!(judged(frame), verdict, "{}", String::from_utf8_lossy(frame));
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_pass_or_panic(frame in proptest::collection::vec(any::<u8>(), 0..60)) {
+            prop_assert_ne!(judged(&frame), Verdict::Passed);
+        }
+
+        #[test]
+        fn no_mutation_panics(at in 0..GOOD.len(), byte in any::<u8>()) {
+            let mut frame = GOOD.to_vec();
+            frame[at] = byte;
+            let _ = judged(&frame);
+        }
     }
 }

@@ -1,29 +1,22 @@
 //! One worker: a warm interpreter, and the running of one test at a time in it.
 
-use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::Write;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use nix::fcntl::{FcntlArg, OFlag, SealFlag, fcntl};
-use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::fcntl::OFlag;
 use nix::unistd::pipe2;
+use serde_json::value::RawValue;
 
 use super::data::{Data, Tuples};
-use super::supervise::{Capture, Running, supervise, tasks_of};
+use super::launch::{Launched, clear, launch, launch_answering, memory_file, null};
+use super::supervise::{Running, Stop, supervise};
 use super::verdict::{self, Ran};
-use super::zygote::{Facts, Job, Zygote};
+use super::zygote::Zygote;
 use super::{Grading, Limits, Mode, Outcome, Program, Rules, Setup, TestOutcome, Verdict};
 
-const STDERR_BYTES: u64 = 64 << 10;
 const ATTEMPTS: usize = 3;
-/// Files and folders in a scratch folder.
-const FILES: u64 = 4096;
-/// Open descriptors of a process.
-const DESCRIPTORS: u64 = 256;
 
 /// Runs programs, one at a time.
 pub(super) struct Worker {
@@ -64,113 +57,155 @@ impl Worker {
             )]);
         }
         let mut tests = Vec::new();
-        for index in 0..count {
-            let outcome = self.run_with_retries(program, index, limits, rules);
-            let passed = outcome.verdict == Verdict::Passed;
-            tests.push(outcome);
-            if !passed && !rules.all_tests {
-                break;
+        if rules.grading == Grading::LcbStrict && program.mode != Mode::Assert {
+            tests = self.retrying(|worker| worker.run_together(program, limits));
+        } else {
+            for index in 0..count {
+                tests.extend(self.retrying(|worker| {
+                    let outcome = match program.mode {
+                        Mode::Assert => worker.run_asserts(program, limits)?,
+                        _ => worker.run_alone(program, index, limits)?,
+                    };
+                    Ok(vec![outcome])
+                }));
+                let passed = tests.last().is_some_and(|t| t.verdict == Verdict::Passed);
+                if !passed && !rules.all_tests {
+                    break;
+                }
             }
         }
         Outcome::from_tests(tests)
     }
 
-    fn run_with_retries(
+    /// Tries again with new interpreters where the host is at fault: the old may be what is broken.
+    fn retrying(
         &mut self,
-        program: &Program,
-        index: usize,
-        limits: &Limits,
-        rules: Rules,
-    ) -> TestOutcome {
-        let mut attempt = 0;
+        run: impl Fn(&mut Self) -> Result<Vec<TestOutcome>>,
+    ) -> Vec<TestOutcome> {
+        let mut attempt = 1;
         loop {
+            let outcomes =
+                run(self).unwrap_or_else(|error| vec![TestOutcome::trouble(format!("{error:#}"))]);
+            let trouble = outcomes.iter().any(|o| o.verdict == Verdict::InfraError);
+            if !trouble || attempt == ATTEMPTS {
+                return outcomes;
+            }
             attempt += 1;
-            let error = match self.run_test(program, index, limits, rules) {
-                Ok(outcome) if outcome.verdict != Verdict::InfraError => return outcome,
-                Ok(outcome) if attempt == ATTEMPTS => return outcome,
-                Ok(_) => None,
-                Err(error) => Some(error),
-            };
-            // Start over with new interpreters: the old may be what is broken.
             self.hostile = None;
             self.trusted = None;
-            if let Some(error) = error
-                && attempt == ATTEMPTS
-            {
-                return TestOutcome::trouble(format!("{error:#}"));
-            }
         }
     }
 
-    fn run_test(
-        &mut self,
-        program: &Program,
-        index: usize,
-        limits: &Limits,
-        rules: Rules,
-    ) -> Result<TestOutcome> {
+    fn hostile(&mut self) -> Result<&mut Zygote> {
         if self.hostile.is_none() {
             self.hostile = Some(self.setup.start_zygote()?);
         }
-        match program.mode {
-            Mode::Assert => self.run_asserts(program, limits),
-            _ => self.run_alone(program, index, limits, rules),
-        }
+        self.hostile.as_mut().context("sandbox: no interpreter")
     }
 
+    /// A box for one test.
     fn run_alone(
         &mut self,
         program: &Program,
         index: usize,
         limits: &Limits,
-        rules: Rules,
     ) -> Result<TestOutcome> {
-        let zygote = self.hostile.as_mut().context("sandbox: no interpreter")?;
         let test = &program.tests[index];
-        let (role, stdin, extra) = match program.mode {
-            Mode::Stdin => ("script", memory_file(&test.input)?, null()?),
-            _ => ("function", null()?, memory_file(&test.input)?),
+        let expected = match Expected::of(program, index) {
+            Ok(expected) => expected,
+            Err(trouble) => return Ok(TestOutcome::trouble(trouble)),
         };
-        let expected = match program.mode {
-            Mode::Stdin => None,
-            _ => match Data::from_json(&test.output) {
-                Ok(expected) => Some(expected),
-                Err(error) => {
-                    return Ok(TestOutcome::trouble(format!(
-                        "test {index}: output is not JSON: {error}"
-                    )));
-                }
-            },
+        let (role, stdin, extra) = match expected {
+            Expected::Printed(_) => ("script", memory_file(&test.input)?, null()?),
+            Expected::Returned(_) => ("function", null()?, memory_file(&test.input)?),
         };
-        if expected.is_some() && program.entry_point.is_none() {
-            return Ok(TestOutcome::trouble(
-                "the program has no entry_point".into(),
-            ));
-        }
-        if expected.is_some()
-            && serde_json::from_str::<Vec<&serde_json::value::RawValue>>(&test.input).is_err()
-        {
-            return Ok(TestOutcome::trouble(format!(
-                "test {index}: input is not a JSON array"
-            )));
-        }
         let files = [stdin, memory_file(&program.source)?, extra];
+        let zygote = self.hostile()?;
         let began = Instant::now();
         let Launched { running, scratch } = launch(zygote, role, program, &files, &[], limits)?;
         let mut boxes = [running];
         let ooms = oom_kills(&boxes[0]);
-        let stop = supervise(&mut boxes, limits)?;
+        let stop = supervise(&mut boxes, limits, &mut |_| true)?;
         let [running] = boxes;
+        clear(scratch);
         let verdict = match verdict::ran(&running, stop, limits, oom_kills(&running) - ooms) {
             Ran::Badly(verdict) => verdict,
             Ran::Trouble(trouble) => return Ok(TestOutcome::trouble(trouble)),
             Ran::Cleanly => match &expected {
-                None => verdict::printed(&running, &test.output),
-                Some(expected) => verdict::returned(&running, expected, rules.grading.tuples()),
+                Expected::Printed(text) => verdict::printed(&running, text),
+                Expected::Returned(value) => verdict::returned(&running, value, Tuples::Anywhere),
             },
         };
-        clear(scratch);
         Ok(outcome(&running, verdict, began))
+    }
+
+    /// One box for all tests, as LiveCodeBench's evaluator has it: up to the first failure. The box
+    /// answers test after test, and each answer is compared here.
+    fn run_together(&mut self, program: &Program, limits: &Limits) -> Result<Vec<TestOutcome>> {
+        let all: Result<Vec<_>, _> = (0..program.tests.len())
+            .map(|index| Expected::of(program, index))
+            .collect();
+        let all = match all {
+            Ok(all) => all,
+            Err(trouble) => return Ok(vec![TestOutcome::trouble(trouble)]),
+        };
+        let inputs = program.tests.iter().map(|test| test.input.as_str());
+        let (role, inputs) = match program.mode {
+            Mode::Stdin => (
+                "lcb-script",
+                serde_json::to_string(&inputs.collect::<Vec<_>>())?,
+            ),
+            _ => (
+                "lcb-function",
+                format!("[{}]", inputs.collect::<Vec<_>>().join(",")),
+            ),
+        };
+        let files = [
+            null()?,
+            memory_file(&program.source)?,
+            memory_file(&inputs)?,
+        ];
+        let zygote = self.hostile()?;
+        let Launched { running, scratch } = launch(zygote, role, program, &files, &[], limits)?;
+        let mut boxes = [running];
+        let ooms = oom_kills(&boxes[0]);
+        let mut outcomes: Vec<TestOutcome> = Vec::new();
+        let stop = supervise(&mut boxes, limits, &mut |running| {
+            let mut stdout = String::new();
+            let verdict = match &all[outcomes.len()] {
+                _ if running.lap_cpu_s() > limits.cpu_s => Verdict::Timeout,
+                Expected::Returned(value) => verdict::returned(running, value, Tuples::Top),
+                Expected::Printed(text) => match verdict::collected(running) {
+                    Ok(printed) => {
+                        stdout = printed;
+                        verdict::compared(&stdout, text)
+                    }
+                    Err(verdict) => verdict,
+                },
+            };
+            outcomes.push(TestOutcome {
+                stdout,
+                ..lap(running, verdict)
+            });
+            verdict != Verdict::Passed || outcomes.len() == all.len()
+        })?;
+        let [running] = boxes;
+        clear(scratch);
+        if stop != Some(Stop::Answered) {
+            let verdict = match verdict::ran(&running, stop, limits, oom_kills(&running) - ooms) {
+                Ran::Badly(verdict) => verdict,
+                Ran::Trouble(trouble) => return Ok(vec![TestOutcome::trouble(trouble)]),
+                // It ended before it had answered everything.
+                Ran::Cleanly => Verdict::RuntimeError,
+            };
+            outcomes.push(lap(&running, verdict));
+        }
+        if let Some(last) = outcomes.last_mut() {
+            last.stderr = String::from_utf8_lossy(&running.stderr.bytes).into_owned();
+            // What it wrote past the evaluator, which does not count.
+            last.stdout += &String::from_utf8_lossy(&running.stdout.bytes);
+        }
+        Ok(outcomes)
     }
 
     /// Two boxes: the test code in one, which nothing hostile ever enters, calls the program in
@@ -182,6 +217,7 @@ impl Worker {
         if self.trusted.is_none() {
             self.trusted = Some(self.setup.start_zygote()?);
         }
+        self.hostile()?;
         let (Some(hostile), Some(trusted)) = (self.hostile.as_mut(), self.trusted.as_mut()) else {
             bail!("sandbox: no interpreter");
         };
@@ -202,7 +238,7 @@ impl Worker {
         drop((files, calls_in));
         let mut boxes = [tester.running, candidate.running];
         let ooms = [oom_kills(&boxes[0]), oom_kills(&boxes[1])];
-        let stop = supervise(&mut boxes, limits)?;
+        let stop = supervise(&mut boxes, limits, &mut |_| true)?;
         let [tests, answering] = boxes;
         clear(tester.scratch);
         clear(candidate.scratch);
@@ -233,122 +269,29 @@ impl Worker {
     }
 }
 
-struct Launched<'a> {
-    running: Running<'a>,
-    scratch: Option<String>,
+/// What a test wants, which never leaves this process.
+enum Expected<'a> {
+    Printed(&'a str),
+    Returned(Data),
 }
 
-fn launch<'a>(
-    zygote: &'a mut Zygote,
-    role: &'static str,
-    program: &Program,
-    files: &[OwnedFd; 3],
-    extra: &[BorrowedFd],
-    limits: &Limits,
-) -> Result<Launched<'a>> {
-    let (result_out, result_in) = pipe2(OFlag::O_CLOEXEC)?;
-    let result = Capture::new(result_out, limits.output_bytes + 4096, false)?;
-    start(
-        zygote, role, program, files, result, result_in, extra, limits,
-    )
-}
-
-/// Like `launch`, with the frames going to somebody else's pipe.
-fn launch_answering<'a>(
-    zygote: &'a mut Zygote,
-    program: &Program,
-    files: &[OwnedFd; 3],
-    answers: OwnedFd,
-    limits: &Limits,
-) -> Result<Launched<'a>> {
-    let (mark_out, mark_in) = pipe2(OFlag::O_CLOEXEC)?;
-    let result = Capture::new(mark_out, 4096, true)?;
-    start(
-        zygote,
-        "answer",
-        program,
-        files,
-        result,
-        mark_in,
-        &[answers.as_fd()],
-        limits,
-    )
-}
-
-fn start<'a>(
-    zygote: &'a mut Zygote,
-    role: &'static str,
-    program: &Program,
-    [stdin, source, extra]: &[OwnedFd; 3],
-    result: Capture,
-    result_in: OwnedFd,
-    more: &[BorrowedFd],
-    limits: &Limits,
-) -> Result<Launched<'a>> {
-    let (stdout_out, stdout_in) = pipe2(OFlag::O_CLOEXEC)?;
-    let (stderr_out, stderr_in) = pipe2(OFlag::O_CLOEXEC)?;
-    let scratch = zygote.scratch_for_run()?;
-    if let Some(cgroup) = &zygote.cgroup {
-        // Two more, for the interpreter itself and the process that waits for it.
-        cgroup.limit(limits.memory_mb << 20, u64::from(limits.processes) + 2)?;
+impl<'a> Expected<'a> {
+    /// `Err` says what is wrong with the test.
+    fn of(program: &'a Program, index: usize) -> Result<Self, String> {
+        let test = &program.tests[index];
+        if program.mode == Mode::Stdin {
+            return Ok(Self::Printed(&test.output));
+        }
+        if program.entry_point.is_none() {
+            return Err("the program has no entry_point".into());
+        }
+        if serde_json::from_str::<Vec<&RawValue>>(&test.input).is_err() {
+            return Err(format!("test {index}: input is not a JSON array"));
+        }
+        Data::from_json(&test.output)
+            .map(Self::Returned)
+            .map_err(|error| format!("test {index}: output is not JSON: {error}"))
     }
-    let job = Job {
-        role,
-        entry_point: program.entry_point.as_deref(),
-        files_bytes: (limits.files_mb << 20).max(4096),
-        files_count: FILES,
-        rlimits: rlimits(limits, &zygote.facts),
-        scratch: scratch.clone(),
-    };
-    let mut fds = vec![
-        stdin.as_fd(),
-        stdout_in.as_fd(),
-        stderr_in.as_fd(),
-        result_in.as_fd(),
-        source.as_fd(),
-        extra.as_fd(),
-    ];
-    fds.extend(more);
-    let running = Running::new(
-        zygote,
-        Capture::new(stdout_out, limits.output_bytes, false)?,
-        Capture::new(stderr_out, STDERR_BYTES, true)?,
-        result,
-        matches!(role, "function" | "test"),
-    );
-    zygote.send(&job, &fds)?;
-    Ok(Launched { running, scratch })
-}
-
-/// The limits that the kernel keeps for each process. They back the box-wide ones up.
-fn rlimits(limits: &Limits, facts: &Facts) -> BTreeMap<&'static str, (u64, u64)> {
-    let cpu = limits.cpu_s.ceil() as u64 + 1;
-    let memory = limits.memory_mb << 20;
-    let mut all = BTreeMap::from([
-        ("RLIMIT_CPU", (cpu, cpu)),
-        ("RLIMIT_DATA", (memory, memory)),
-        (
-            "RLIMIT_FSIZE",
-            (limits.files_mb << 20, limits.files_mb << 20),
-        ),
-        ("RLIMIT_NOFILE", (DESCRIPTORS, DESCRIPTORS)),
-        ("RLIMIT_CORE", (0, 0)),
-        ("RLIMIT_MEMLOCK", (0, 0)),
-        ("RLIMIT_MSGQUEUE", (0, 0)),
-        ("RLIMIT_SIGPENDING", (1024, 1024)),
-        ("RLIMIT_RTPRIO", (0, 0)),
-        ("RLIMIT_NICE", (0, 0)),
-    ]);
-    // Counted by user namespace; where there is none, with everything else of that user. Two more
-    // for the interpreter itself and the process that waits for it.
-    let others = if facts.isolated {
-        0
-    } else {
-        tasks_of(facts.uid)
-    };
-    let processes = others + u64::from(limits.processes) + 2;
-    all.insert("RLIMIT_NPROC", (processes, processes));
-    all
 }
 
 fn outcome(running: &Running, verdict: Verdict, began: Instant) -> TestOutcome {
@@ -363,47 +306,23 @@ fn outcome(running: &Running, verdict: Verdict, began: Instant) -> TestOutcome {
     }
 }
 
+/// The outcome of a test that was one of several in the box.
+fn lap(running: &Running, verdict: Verdict) -> TestOutcome {
+    TestOutcome {
+        verdict,
+        cpu_ms: running.lap_cpu_s() * 1e3,
+        wall_ms: running.lap_wall().as_secs_f64() * 1e3,
+        memory_kb: running.peak_kb(),
+        stdout: String::new(),
+        stderr: String::new(),
+        trouble: None,
+    }
+}
+
 fn oom_kills(running: &Running) -> u64 {
     running
         .zygote
         .cgroup
         .as_ref()
         .map_or(0, |cgroup| cgroup.oom_kills())
-}
-
-fn null() -> Result<OwnedFd> {
-    Ok(File::open("/dev/null")
-        .context("sandbox: /dev/null")?
-        .into())
-}
-
-/// A file that is nowhere, sealed: a box can read it and cannot change it.
-fn memory_file(text: &str) -> Result<OwnedFd> {
-    let fd = memfd_create(c"dust", MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING)
-        .context("sandbox: no memory for the input")?;
-    let mut file = File::from(fd);
-    file.write_all(text.as_bytes())
-        .context("sandbox: no memory for the input")?;
-    std::io::Seek::rewind(&mut file)?;
-    let seals = SealFlag::F_SEAL_SEAL
-        | SealFlag::F_SEAL_SHRINK
-        | SealFlag::F_SEAL_GROW
-        | SealFlag::F_SEAL_WRITE;
-    fcntl(&file, FcntlArg::F_ADD_SEALS(seals)).context("sandbox: seal")?;
-    Ok(file.into())
-}
-
-fn clear(scratch: Option<String>) {
-    if let Some(path) = scratch {
-        let _ = fs::remove_dir_all(path);
-    }
-}
-
-impl Grading {
-    fn tuples(self) -> Tuples {
-        match self {
-            Grading::Process => Tuples::Anywhere,
-            Grading::LcbStrict => Tuples::Top,
-        }
-    }
 }

@@ -399,9 +399,15 @@ def show(error):
         pass
 
 
+def flush_output():
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and not getattr(stream, "closed", False):
+            stream.flush()
+
+
 def leave(code):
     """What the interpreter does at the end of a script, up to the point where only memory is freed."""
-    for step in (threading._shutdown, atexit._run_exitfuncs, sys.stdout.flush, sys.stderr.flush):
+    for step in (threading._shutdown, atexit._run_exitfuncs, flush_output):
         try:
             step()
         except BaseException as error:
@@ -592,6 +598,8 @@ def run_tests(job):
         kind, message = describe(error)
         if any(error is raised for raised in FROM_CANDIDATE):
             kind, message = "CandidateError", f"{kind}: {message}"
+        elif isinstance(error, ImportError):
+            kind, message = "Unsupported", f"it imports what is not there: {message}"
         verdict = {"e": [kind, message]}
         show(error)
     sys.stdout.flush()
@@ -600,16 +608,16 @@ def run_tests(job):
     os._exit(0)
 
 
-ROLES = {"script": script, "function": function, "answer": answer_calls, "test": run_tests}
+ROLES = {
+    "script": script, "function": function, "answer": answer_calls, "test": run_tests,
+    "lcb-script": lcb_script, "lcb-function": lcb_function,
+}
 PRELUDE = {}
 
 
 def warm():
     """What LiveCodeBench imports ahead of every function problem, imported once."""
-    for name in (
-        "string re datetime collections heapq bisect copy math random statistics itertools "
-        "functools operator io sys json builtins typing"
-    ).split():
+    for name in [*LCB_MODULES, "builtins", "typing"]:
         exec(f"from {name} import *", PRELUDE)
         exec(f"import {name}", PRELUDE)
     del PRELUDE["__builtins__"]

@@ -1,4 +1,4 @@
-//! The parent's end of a warm interpreter (`zygote.py`): start it, give it jobs, read its reports.
+//! The parent's end of a warm interpreter (`zygote.py`, after `lcb.py`): start it, give it jobs, read its reports.
 
 use std::fs;
 use std::io::{IoSlice, IoSliceMut};
@@ -20,7 +20,11 @@ use tempfile::TempDir;
 use super::cgroup::Cgroup;
 use super::{janitor, landlock, seccomp};
 
-const SCRIPT: &str = include_str!("zygote.py");
+const SCRIPT: &str = concat!(
+    "# A warm interpreter of dust-train's sandbox.\n", // what `ps` shows
+    include_str!("lcb.py"),
+    include_str!("zygote.py"),
+);
 const BOOT_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The unprivileged user that boxes run as when we are root ("nobody").

@@ -1,5 +1,9 @@
 //! HumanEval: `{task_id, prompt, entry_point, canonical_solution, test}`, one a line. The prompt is
 //! the head of a function with its documentation; `test` defines `check(candidate)`.
+//!
+//! Some tests call helpers that only the prompt defines (`poly`, `encode_cyclic`). The test code
+//! therefore starts with the prompt, its last function closed by `pass`: what the test relies on is
+//! never the program's own.
 
 use std::path::Path;
 
@@ -24,11 +28,11 @@ impl Row {
             id: self.task_id,
             statement: self.prompt.trim_end().to_owned(),
             solution: Some(format!("{}{}", self.prompt, self.canonical_solution)),
+            test_code: Some(format!("{}\n    pass\n{}", self.prompt, self.test)),
             starter_code: Some(self.prompt),
             mode: Mode::Assert,
             entry_point: Some(self.entry_point),
             tests: Vec::new(),
-            test_code: Some(self.test),
             difficulty: None,
             split: None,
             date: None,
@@ -40,20 +44,10 @@ impl Row {
 
 /// Reads `HumanEval.jsonl`, plain or gzipped.
 pub fn humaneval(path: &Path) -> Result<TaskSet, TaskError> {
-    let mut set = TaskSet {
-        spec: path.display().to_string(),
-        tasks: Vec::new(),
-        records: 0,
-        window: None,
-        refused: Vec::new(),
-    };
+    let mut set = TaskSet::empty(path);
     for record in Lines::new(path, open(path)?) {
         let (line, text) = record?;
-        set.records += 1;
-        match record_from::<Row>(&text).and_then(Row::task) {
-            Ok(task) => set.tasks.push(task),
-            Err(broken) => set.refused.push(broken.at(path, line)),
-        }
+        set.add(path, line, record_from::<Row>(&text).and_then(Row::task));
     }
     Ok(set)
 }
@@ -83,6 +77,13 @@ mod tests {
         assert_eq!(
             task.solution.as_deref(),
             Some("import math\n\ndef f(x):\n    \"\"\"Double.\"\"\"\n    return 2 * x\n")
+        );
+        assert_eq!(
+            task.test_code.as_deref(),
+            Some(
+                "import math\n\ndef f(x):\n    \"\"\"Double.\"\"\"\n\n    pass\n\
+                 def check(candidate):\n    assert candidate(2) == 4\n"
+            )
         );
         assert_eq!(
             task.program("def f(x):\n    return x\n"),

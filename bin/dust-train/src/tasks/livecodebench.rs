@@ -5,6 +5,7 @@
 //! Python's protocol 4 gives a string. The date window is inclusive at both ends, dates standing
 //! for midnight, as in the benchmark's own loader.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -17,50 +18,70 @@ use serde_json::Value;
 use super::jsonl::{Lines, open, record_from};
 use super::{Broken, Difficulty, Mode, Task, TaskError, TaskSet, Test, is_date};
 
-/// From when to when the problems were published, both days included.
+/// Which problems are asked for.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Window {
-    start: String,
-    end: String,
+pub enum Window {
+    /// Those that were published from one day to another, both included.
+    Dates {
+        /// `YYYY-MM-DD` or `YYYY-MM-DDThh:mm:ss`.
+        start: String,
+        /// The same.
+        end: String,
+    },
+    /// Those of a release of the benchmark: `release_v3` is the first three shards.
+    Release(u32),
 }
 
 impl Window {
     /// Whether a problem of that date belongs to the window.
     pub fn holds(&self, date: &str) -> bool {
+        let Self::Dates { start, end } = self else {
+            return true;
+        };
         let midnight = |date: &str| match date.len() {
             10 => format!("{date}T00:00:00"),
             _ => date.to_owned(),
         };
         let date = midnight(date);
-        midnight(&self.start) <= date && date <= midnight(&self.end)
+        midnight(start) <= date && date <= midnight(end)
     }
 }
 
 impl fmt::Display for Window {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}..{} inclusive", self.start, self.end)
+        match self {
+            Self::Dates { start, end } => write!(f, "{start}..{end} inclusive"),
+            Self::Release(number) => write!(f, "release_v{number}"),
+        }
     }
 }
 
 impl FromStr for Window {
     type Err = TaskError;
 
-    /// `v5`, `v6` (the windows that published results mean by these names), or `START..END`.
+    /// `v5`, `v6` (the dates that published results mean by these names), `START..END`, or
+    /// `release_v1` to `release_v6`.
     fn from_str(text: &str) -> Result<Self, TaskError> {
+        if let Some(Ok(number @ 1..)) = text.strip_prefix("release_v").map(str::parse) {
+            return Ok(Self::Release(number));
+        }
         let dates = match text {
             "v5" => "2024-08-01..2025-02-01",
             "v6" => "2025-02-01..2025-05-01",
             other => other,
         };
         match dates.split_once("..") {
-            Some((start, end)) if is_date(start) && is_date(end) && start <= end => Ok(Self {
-                start: start.to_owned(),
-                end: end.to_owned(),
-            }),
+            Some((start, end)) if is_date(start) && is_date(end) && start <= end => {
+                Ok(Self::Dates {
+                    start: start.to_owned(),
+                    end: end.to_owned(),
+                })
+            }
             _ => Err(TaskError::Spec {
                 spec: format!("livecodebench@{text}"),
-                problem: format!("`{text}` is not a window of dates"),
-                remedy: "write v5, v6 or START..END, for example 2025-02-01..2025-05-01".to_owned(),
+                problem: format!("`{text}` is neither a window of dates nor a release"),
+                remedy: "write v5, v6, START..END (2025-02-01..2025-05-01) or release_v6"
+                    .to_owned(),
             }),
         }
     }
@@ -70,13 +91,10 @@ impl FromStr for Window {
 /// window are skipped before their tests are decoded; one record is in memory at a time.
 pub fn livecodebench(path: &Path, window: Option<Window>) -> Result<TaskSet, TaskError> {
     let mut set = TaskSet {
-        spec: path.display().to_string(),
-        tasks: Vec::new(),
-        records: 0,
         window,
-        refused: Vec::new(),
+        ..TaskSet::empty(path)
     };
-    for shard in shards(path)? {
+    for shard in shards(path, set.window.as_ref())? {
         for record in Lines::new(&shard, open(&shard)?) {
             let (line, text) = record?;
             set.records += 1;
@@ -104,15 +122,23 @@ pub fn livecodebench(path: &Path, window: Option<Window>) -> Result<TaskSet, Tas
     Ok(set)
 }
 
-fn shards(path: &Path) -> Result<Vec<PathBuf>, TaskError> {
+fn shards(path: &Path, window: Option<&Window>) -> Result<Vec<PathBuf>, TaskError> {
+    let wrong = |problem: String| TaskError::Spec {
+        spec: path.display().to_string(),
+        problem,
+        remedy: "give the folder of the LiveCodeBench files".to_owned(),
+    };
     if !path.is_dir() {
-        return Ok(vec![path.to_path_buf()]);
+        return match window {
+            Some(Window::Release(_)) => Err(wrong("a release is more than one file".to_owned())),
+            _ => Ok(vec![path.to_path_buf()]),
+        };
     }
     let io = |source| TaskError::Io {
         path: path.to_path_buf(),
         source,
     };
-    let mut shards = Vec::new();
+    let mut shards = BTreeMap::new();
     for entry in std::fs::read_dir(path).map_err(io)? {
         let file = entry.map_err(io)?.path();
         let number = file
@@ -126,15 +152,18 @@ fn shards(path: &Path) -> Result<Vec<PathBuf>, TaskError> {
             );
         shards.extend(number.map(|number| (number, file)));
     }
-    shards.sort();
-    if shards.is_empty() {
-        return Err(TaskError::Spec {
-            spec: path.display().to_string(),
-            problem: "the folder holds no test*.jsonl".to_owned(),
-            remedy: "give the folder of the LiveCodeBench files".to_owned(),
-        });
+    if let Some(Window::Release(last)) = window {
+        if let Some(missing) = (1..=*last).find(|number| !shards.contains_key(number)) {
+            return Err(wrong(format!(
+                "shard {missing} of release_v{last} is missing"
+            )));
+        }
+        shards.retain(|number, _| number <= last);
     }
-    Ok(shards.into_iter().map(|(_, file)| file).collect())
+    if shards.is_empty() {
+        return Err(wrong("the folder holds no test*.jsonl".to_owned()));
+    }
+    Ok(shards.into_values().collect())
 }
 
 #[derive(Deserialize)]
@@ -485,16 +514,24 @@ mod tests {
             )
             .unwrap();
         }
-        let set = livecodebench(folder.path(), None).unwrap();
-        let ids: Vec<_> = set.tasks.iter().map(|t| t.id.as_str()).collect();
-        assert_eq!(
-            ids,
-            [
-                "livecodebench/test.jsonl",
-                "livecodebench/test2.jsonl",
-                "livecodebench/test10.jsonl"
-            ]
-        );
+        let read = |window: Option<&str>| -> Result<Vec<String>, TaskError> {
+            let window = window.map(str::parse).transpose()?;
+            let set = livecodebench(folder.path(), window)?;
+            Ok(set.tasks.into_iter().map(|task| task.id).collect())
+        };
+        let all = [
+            "livecodebench/test.jsonl",
+            "livecodebench/test2.jsonl",
+            "livecodebench/test10.jsonl",
+        ];
+        assert_eq!(read(None).unwrap(), all);
+        assert_eq!(read(Some("release_v2")).unwrap(), all[..2]);
+        let error = |window: &str| read(Some(window)).unwrap_err().to_string();
+        assert!(error("release_v4").contains("shard 3 of release_v4 is missing"));
+        assert!(error("release_v0").contains("neither a window of dates nor a release"));
+        let file = folder.path().join("test.jsonl");
+        let error = livecodebench(&file, Some(Window::Release(1))).unwrap_err();
+        assert!(error.to_string().contains("more than one file"), "{error}");
     }
 
     proptest! {

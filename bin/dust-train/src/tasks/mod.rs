@@ -6,17 +6,23 @@
 //! |---|---|
 //! | `builtin` | the problems that the project ships |
 //! | `humaneval[:FILE]` | `HumanEval.jsonl`, plain or gzipped |
-//! | `livecodebench:FILE_OR_FOLDER[@WINDOW]` | `test*.jsonl` shards; WINDOW is `v5`, `v6` or `START..END` |
+//! | `humaneval+:FILE`, `mbpp+:FILE` | `HumanEvalPlus.jsonl` and `MbppPlus.jsonl` of EvalPlus |
+//! | `mbpp:FILE` | `mbpp.jsonl` or `sanitized-mbpp.json` |
+//! | `rstar:FILE_OR_FOLDER` | `seed_testcase` of rStar-Coder, Parquet |
+//! | `livecodebench:FILE_OR_FOLDER[@WINDOW]` | `test*.jsonl` shards; WINDOW is `v5`, `v6`, `START..END` or `release_vN` |
 //! | any other text | a JSON Lines file with one [`Task`] a line |
 //!
 //! Files are untrusted: an error names the file, the line, the field and the remedy.
 
 mod builtin;
+mod evalplus;
 pub mod extract;
 mod humaneval;
 mod jsonl;
 mod livecodebench;
+mod mbpp;
 pub mod prompt;
+mod rstar;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -27,9 +33,12 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 pub use builtin::builtin;
+pub use evalplus::evalplus;
 pub use humaneval::humaneval;
 pub use jsonl::{parse_jsonl, read_jsonl};
 pub use livecodebench::{Window, livecodebench};
+pub use mbpp::mbpp;
+pub use rstar::rstar;
 
 /// Where `make` puts HumanEval, and where the specification `humaneval` looks for it.
 pub const HUMANEVAL_FILE: &str = "data/HumanEval.jsonl.gz";
@@ -320,11 +329,32 @@ pub struct TaskSet {
     pub tasks: Vec<Task>,
     /// How many records the source holds.
     pub records: usize,
-    /// The dates that were asked for.
+    /// The dates or the release that were asked for.
     pub window: Option<Window>,
     /// Records of a public benchmark that could not be used. The project's own format is strict:
     /// there the first bad line is an error.
     pub refused: Vec<TaskError>,
+}
+
+impl TaskSet {
+    fn empty(path: &Path) -> Self {
+        Self {
+            spec: path.display().to_string(),
+            tasks: Vec::new(),
+            records: 0,
+            window: None,
+            refused: Vec::new(),
+        }
+    }
+
+    /// Adds what a record gave.
+    fn add(&mut self, path: &Path, line: usize, task: Result<Task, Broken>) {
+        self.records += 1;
+        match task {
+            Ok(task) => self.tasks.push(task),
+            Err(broken) => self.refused.push(broken.at(path, line)),
+        }
+    }
 }
 
 impl fmt::Display for TaskSet {
@@ -363,6 +393,9 @@ pub fn load(spec: &str) -> Result<TaskSet, TaskError> {
             other => other,
         })?,
         Some(("humaneval", path)) => humaneval(Path::new(path))?,
+        Some(("humaneval+" | "mbpp+", path)) => evalplus(Path::new(path))?,
+        Some(("mbpp", path)) => mbpp(Path::new(path))?,
+        Some(("rstar", path)) => rstar(Path::new(path))?,
         Some(("livecodebench", rest)) => {
             let (path, window) = match rest.rsplit_once('@') {
                 Some((path, window)) => (path, Some(window.parse()?)),
