@@ -1,7 +1,7 @@
 # make demo         DuST end to end on a real model, on the CPU (report in runs/demo/report.html)
 # make test         everything that must hold; what continuous integration runs
 # make test-cust    the part of it that needs cust, linked to the emulator as libcuda
-# make test-long    ten thousand programs in the sandbox (minutes)
+# make test-long    the kernels under many more schedules, ten thousand programs (minutes)
 # make fuzz         the fuzz targets, a minute each; needs cargo-fuzz
 # make bench        the kernels' benchmarks (criterion)
 # make bench-peers  beside llama.cpp and PyTorch, which it sets up itself
@@ -48,7 +48,9 @@ test-cust: $(TOOLCHAIN)
 	cargo test --package dust-kernels --features cust --test cust
 	cargo test --package dust-kernels --features cust --doc cuda::cust
 
+test-long: export DUST_LONG = 1
 test-long: $(NVCC)
+	cargo test --package dust-kernels --test 'cuda_*'
 	cargo test --package dust-train --test sandbox_soak -- --ignored --nocapture
 
 fuzz:

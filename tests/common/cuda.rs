@@ -28,14 +28,15 @@ pub fn with_config<R>(config: &Config, test: impl FnOnce(&Cuda, &Emulator) -> R)
 }
 
 /// Orders of warps, blocks and asynchronous copies, and roundings, that a correct kernel cannot
-/// tell apart (roundings within tolerance). Each has a name for messages.
+/// tell apart (roundings within tolerance). Each has a name for messages. With `DUST_LONG` in the
+/// environment there are twenty random ones more.
 pub fn schedules() -> Vec<(&'static str, Config)> {
     let with = |change: fn(&mut Config)| {
         let mut config = Config::default();
         change(&mut config);
         config
     };
-    vec![
+    let mut schedules = vec![
         ("serial", Config::default()),
         (
             "reverse, blocks reversed, copies early",
@@ -69,7 +70,23 @@ pub fn schedules() -> Vec<(&'static str, Config)> {
                 c.noise = Some(5);
             }),
         ),
-    ]
+    ];
+    if std::env::var_os("DUST_LONG").is_some() {
+        schedules.extend((10..30).map(|seed| {
+            let config = Config {
+                schedule: Schedule::Random(seed),
+                block_order: BlockOrder::Random(seed + 100),
+                noise: Some(seed),
+                copy_async: match seed % 2 {
+                    0 => CopyAsync::Early,
+                    _ => CopyAsync::Late,
+                },
+                ..Config::default()
+            };
+            ("random, of the long sweep", config)
+        }));
+    }
+    schedules
 }
 
 /// Runs `test` once for each of [`schedules`], on a fresh device.

@@ -133,6 +133,33 @@ fn all_stages_run_and_their_files_fit() {
         assert_eq!(line["mismatch"], 0.0, "rollout and training differ: {line}");
     }
     assert!(run.join("report.html").exists() && run.join("report.svg").exists());
+    // The same run again beside itself; another with other groups is refused.
+    let compare = |other: &Path| {
+        Command::new(env!("CARGO_BIN_EXE_dust-train"))
+            .arg("compare")
+            .args([&run, &other.to_path_buf()])
+            .output()
+            .unwrap()
+    };
+    let output = compare(&run);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        text.contains("NDCG, mixed groups") && text.contains("± 0.0"),
+        "{text}"
+    );
+    let other = dir.path().join("other");
+    fs::create_dir(&other).unwrap();
+    for entry in fs::read_dir(&run).unwrap().map(Result::unwrap) {
+        if entry.path().is_file() {
+            fs::copy(entry.path(), other.join(entry.file_name())).unwrap();
+        }
+    }
+    let manifest = fs::read_to_string(other.join("manifest.json")).unwrap();
+    let changed = manifest.replace("\"groups_sha256\": \"", "\"groups_sha256\": \"0");
+    fs::write(other.join("manifest.json"), changed).unwrap();
+    let output = compare(&other);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("groups_sha256"));
     // The trained model is a model like any other.
     let trained = Checkpoint::open(run.join("model").to_str().unwrap()).unwrap();
     assert_eq!(trained.config().layers, 2);

@@ -74,6 +74,7 @@ enum Command {
     Eval(stages::EvalArgs),
     /// Stage 6: writes report.html and prints the headline.
     Report(stages::StageArgs),
+    Compare(stages::CompareArgs),
     Config(stages::ConfigArgs),
     Exec(exec::Args),
     Doctor(doctor::Args),
@@ -113,6 +114,7 @@ fn dispatch(cli: Cli) -> Result<ExitCode> {
         Command::Train(args) => stage(Stage::Train(args))?,
         Command::Eval(args) => stage(Stage::Eval(args))?,
         Command::Report(args) => stage(Stage::Report(args))?,
+        Command::Compare(args) => stages::compare(&args)?,
         Command::Config(args) => stages::print_config(&args)?,
         Command::Exec(args) => exec::run(&args)?,
         Command::Doctor(args) => return doctor::run(&args, cli.threads),

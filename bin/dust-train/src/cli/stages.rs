@@ -55,6 +55,24 @@ pub(super) struct EvalArgs {
     after: bool,
 }
 
+/// Shows the evaluations of several runs side by side.
+///
+/// The runs may be arms of one experiment or seeds of one arm. Runs that trained on other groups, or
+/// were measured with other settings, are refused.
+#[derive(Args)]
+#[command(after_help = "Example:\n  dust-train compare runs/ranking runs/generation runs/sft")]
+pub(super) struct CompareArgs {
+    /// Run folders.
+    #[arg(value_name = "DIR", required = true)]
+    folders: Vec<PathBuf>,
+}
+
+/// Prints the comparison.
+pub(super) fn compare(args: &CompareArgs) -> Result<()> {
+    print!("{}", pipeline::comparison(&args.folders)?);
+    Ok(())
+}
+
 /// A stage with its arguments.
 pub(super) enum Stage {
     Sample(StageArgs),

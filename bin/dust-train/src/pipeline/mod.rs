@@ -1,6 +1,7 @@
 //! DuST as stages over a run folder. Each reads and writes plain files, so that each can be run,
 //! looked at, resumed and replaced alone.
 
+mod comparison;
 mod config;
 mod eval;
 mod folder;
@@ -13,6 +14,7 @@ mod sample;
 mod session;
 pub mod train;
 
+pub use comparison::comparison;
 pub use config::{
     Aggregation, Arm, Config, EvalSampling, EvalSettings, GroupSettings, JudgeSettings,
     ModelSettings, Reward, SampleSettings, SandboxSettings, TaskSettings, TrainSettings,

@@ -88,17 +88,6 @@ pub fn table(rows: &[Row], size: usize) -> String {
     );
     for row in rows.iter().filter(|r| r.difficulty.is_none()) {
         let name = report::name(row.metric, size);
-        let cell = |e: &Option<Estimate>, sign: bool| match e {
-            None => "-".to_owned(),
-            Some(e) => {
-                let (v, l, h) = (100.0 * e.value, 100.0 * e.low, 100.0 * e.high);
-                if sign {
-                    format!("{v:+.1} [{l:+.1}, {h:+.1}]")
-                } else {
-                    format!("{v:.1} [{l:.1}, {h:.1}]")
-                }
-            }
-        };
         let _ = writeln!(
             text,
             "{name:<26} {:>22} {:>22} {:>24}",
@@ -108,6 +97,19 @@ pub fn table(rows: &[Row], size: usize) -> String {
         );
     }
     text
+}
+
+/// An estimate in percent with its interval, with a sign where it is a change.
+pub(super) fn cell(estimate: &Option<Estimate>, sign: bool) -> String {
+    let Some(e) = estimate else {
+        return "-".to_owned();
+    };
+    let (v, l, h) = (100.0 * e.value, 100.0 * e.low, 100.0 * e.high);
+    if sign {
+        format!("{v:+.1} [{l:+.1}, {h:+.1}]")
+    } else {
+        format!("{v:.1} [{l:.1}, {h:.1}]")
+    }
 }
 
 fn step(m: &StepMetrics) -> Step {
