@@ -1,6 +1,6 @@
 //! Programs as answers, rewarded by the tests: 1 if all pass, else 0 (RLVR).
 
-use super::super::label::{open_sandbox, program, run_programs};
+use super::super::label::{program, run_programs};
 use super::super::session::derive_seed;
 use super::super::{Config, Session};
 use super::rollout::{Lesson, Rolled, Roller, answered};
@@ -47,9 +47,9 @@ pub(super) fn write<B: Backend>(
             }
         }
     }
-    let sandbox = open_sandbox(config)?;
+    let sandbox = roller.sandbox(config)?;
     let mut broken = 0;
-    run_programs(&sandbox, config, &programs, |i, outcome| {
+    run_programs(sandbox, config, &programs, |i, outcome| {
         match outcome.verdict {
             Verdict::Passed => rewards[owners[i]] = 1.0,
             Verdict::InfraError => broken += 1,

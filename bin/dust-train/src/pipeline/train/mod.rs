@@ -188,7 +188,7 @@ fn draw<B: Backend>(
         return generation::write(session, config, roller, number, &tasks);
     }
     if config.train.arm == Arm::OnPolicyRanking {
-        let groups = ranking::fresh_groups(session, config, number, all.problems)?;
+        let groups = ranking::fresh_groups(session, config, roller, number, all.problems)?;
         let groups: Vec<&Group> = groups.iter().collect();
         return ranking::judge(session, config, roller, number, &groups, all.tasks);
     }

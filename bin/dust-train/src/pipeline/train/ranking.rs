@@ -2,7 +2,7 @@
 
 use super::super::group::{Group, mixed_groups};
 use super::super::judging::Question;
-use super::super::label::{open_sandbox, program, run_programs};
+use super::super::label::{program, run_programs};
 use super::super::session::derive_seed;
 use super::super::{Config, Session, bad_input};
 use super::rollout::{Answered, Lesson, Rolled, Roller, answered};
@@ -168,11 +168,12 @@ fn ask<B: Backend>(
 pub(super) fn fresh_groups<B: Backend>(
     session: &Session<B>,
     config: &Config,
+    roller: &mut Roller<B>,
     step: usize,
     problems: &[Task],
 ) -> Result<Vec<Group>> {
     let wanted = config.train.prompts;
-    let sandbox = open_sandbox(config)?;
+    let sandbox = roller.sandbox(config)?;
     let mut groups: Vec<Group> = Vec::new();
     for round in 0..REFILLS {
         let tasks = cycle(problems, config, "fresh", step * REFILLS + round, wanted);
@@ -198,7 +199,7 @@ pub(super) fn fresh_groups<B: Backend>(
                 Ok(())
             },
         )?;
-        run_programs(&sandbox, config, &programs, |i, outcome| {
+        run_programs(sandbox, config, &programs, |i, outcome| {
             if outcome.verdict != Verdict::InfraError {
                 let (problem, sample, code) = owners[i].clone();
                 let right = outcome.verdict == Verdict::Passed;
@@ -221,9 +222,8 @@ pub(super) fn fresh_groups<B: Backend>(
     }
     if groups.is_empty() {
         bad_input!(
-            "step {}: no mixed group among the programs for {} problems: choose problems nearer to \
-             the model's level",
-            step + 1,
+            "no mixed group among the programs for {} problems: choose problems nearer to the \
+             model's level",
             REFILLS * wanted
         );
     }

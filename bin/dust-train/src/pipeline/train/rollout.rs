@@ -1,7 +1,9 @@
 //! The first half of a step: answers from the current policy, their rewards and advantages.
 
+use super::super::label::open_sandbox;
 use super::super::{Config, Session};
 use crate::rollout::{Completion, Engine, Finish, Request, SamplingSettings};
+use crate::sandbox::Sandbox;
 use anyhow::Result;
 use dust_kernels::Backend;
 use serde::{Deserialize, Serialize};
@@ -76,9 +78,11 @@ impl Rolled {
     }
 }
 
-/// Draws answers. Its engine is made once, and again only where prompts or answers outgrow it.
+/// Draws answers. Its engine is made once, and again only where prompts or answers outgrow it; its
+/// sandbox when the first program is to be run.
 pub(super) struct Roller<B: Backend> {
     engine: Option<(usize, Engine<B>)>,
+    sandbox: Option<Sandbox>,
     /// When the step's rollout began.
     pub start: Instant,
 }
@@ -87,8 +91,17 @@ impl<B: Backend> Roller<B> {
     pub fn new() -> Self {
         Self {
             engine: None,
+            sandbox: None,
             start: Instant::now(),
         }
+    }
+
+    /// The sandbox, as `config` asks for it.
+    pub fn sandbox(&mut self, config: &Config) -> Result<&Sandbox> {
+        Ok(match &mut self.sandbox {
+            Some(sandbox) => sandbox,
+            slot => slot.insert(open_sandbox(config)?),
+        })
     }
 
     /// The answers to each request, by their number.
