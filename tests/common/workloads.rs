@@ -427,16 +427,31 @@ fn rope(cuda: &Cuda, counter: &mut Counter) {
     });
 }
 
+/// Logits of rows whose probabilities follow Zipf's law with exponent 1.5, as a language model's do
+/// roughly: 0.95 of the mass is on some 240 tokens.
+pub fn zipf(rows: usize, vocab: usize) -> Vec<f32> {
+    let rank = |i: usize| 1 + i % vocab * 100_003 % vocab;
+    (0..rows * vocab)
+        .map(|i| -1.5 * (rank(i) as f32).ln())
+        .collect()
+}
+
 fn sampling(cuda: &Cuda, counter: &mut Counter) {
-    let (rows, vocab) = (4, 32_000);
-    let logits = f32s(cuda, rows * vocab);
+    // Qwen's vocabulary.
+    let (rows, vocab) = (4, 151_936);
+    let (zipf, flat) = (up(cuda, &zipf(rows, vocab)), f32s(cuda, rows * vocab));
     let plain = RowSampling::default();
-    let filtered = RowSampling {
-        top_k: 50,
+    let top_p = RowSampling {
         top_p: 0.95,
         ..plain
     };
-    for (name, params) in [("plain", plain), ("top-k and top-p", filtered)] {
+    let both = RowSampling { top_k: 20, ..top_p };
+    for (name, params, logits) in [
+        ("plain", plain, &zipf),
+        ("top-k 20 and top-p 0.95", both, &zipf),
+        ("top-p 0.95", top_p, &zipf),
+        ("top-p 0.95 of flat rows", top_p, &flat),
+    ] {
         let params = up(cuda, &[params; 4]);
         let mut tokens = cuda.zeros(rows).unwrap();
         let [mut logprob, mut kept] = [(); 2].map(|()| cuda.zeros(rows).unwrap());
@@ -445,7 +460,7 @@ fn sampling(cuda: &Cuda, counter: &mut Counter) {
             cuda.sample(
                 rows,
                 vocab,
-                &logits,
+                logits,
                 &params,
                 &mut tokens,
                 &mut logprob,
