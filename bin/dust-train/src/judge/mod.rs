@@ -8,4 +8,4 @@ mod parse;
 mod prompt;
 
 pub use parse::{Invalid, Parse, parse};
-pub use prompt::{Permutation, prompt};
+pub use prompt::{Permutation, examples, prompt};

@@ -39,6 +39,9 @@ pub enum Invalid {
     /// The reasoning did not end.
     #[error("the reasoning did not end")]
     Unfinished,
+    /// It reached the longest length, where a number may be cut off.
+    #[error("the answer was cut off at its longest length")]
+    Cut,
     /// No line states a ranking.
     #[error("no ranking is stated")]
     Missing,
