@@ -20,6 +20,10 @@ const WARPS: usize = 4;
 const THREADS: usize = 32 * WARPS;
 /// Lines of an mma, which one warp takes in decode.
 const WARP_LINES: usize = 16;
+/// Keys that one warp reduces in decode; the keys of a page are a tile of them.
+const CHUNK_KEYS: usize = 4 * CHUNK;
+/// Tiles of keys or values in the ring that they pass through in decode.
+const RING_TILES: usize = 3;
 /// Lines of a tile that the kernel for the gradients of keys and values reads.
 const READ_LINES: usize = 32;
 /// Blocks of a grid's second and third dimension.
@@ -354,7 +358,7 @@ impl Kernels {
         let (q_heads, kv_heads) = head_counts(OP, heads)?;
         let count = batch.count;
         let bound = |name, n| dim(OP, name, n).map(|n| n as u32);
-        let max_context = bound("max_context", batch.max_context.saturating_add(CHUNK))?;
+        let max_context = bound("max_context", batch.max_context.saturating_add(CHUNK_KEYS))?;
         let values_bytes =
             paged_states(heads, count, batch.max_context).saturating_mul(4 * heads.head_dim);
         let call = Paged {
@@ -368,7 +372,7 @@ impl Kernels {
             sums: scratch + values_bytes as CUdeviceptr,
             rows: bound("rows", batch.rows)?,
             max_q_len: bound("max_q_len", batch.max_q_len)?,
-            max_context: max_context - CHUNK as u32,
+            max_context: max_context - CHUNK_KEYS as u32,
             page_count: index_limit(batch.page_count),
             cache_pages: index_limit(batch.cache_pages),
             q_heads,
@@ -383,9 +387,8 @@ impl Kernels {
             // SAFETY: by the caller.
             unsafe { self.launch(stream, prefill, grid, &[&call])? };
         }
-        // One chunk at least, so that sequences are checked whatever their bounds.
-        let chunks = batch.max_context.div_ceil(CHUNK).max(1);
-        let shared = 2 * tile + tile_bytes(heads, WARP_LINES);
+        let chunks = chunks(batch.max_context);
+        let shared = RING_TILES * tile + tile_bytes(heads, WARP_LINES);
         let tiles = heads.kv_heads * heads.group().div_ceil(WARP_LINES);
         let decode_grid = grid(OP, chunks, tiles, count, 32, shared)?;
         let merge_grid = grid(OP, heads.q_heads.div_ceil(WARPS), count, 1, THREADS, 0)?;
@@ -397,10 +400,16 @@ impl Kernels {
     }
 }
 
+/// Chunks of a paged call's longest context: one at least, so that sequences are checked whatever
+/// their bounds.
+fn chunks(max_context: usize) -> usize {
+    max_context.div_ceil(CHUNK_KEYS).max(1)
+}
+
 /// Chunk states of a paged call.
 fn paged_states(heads: Heads, count: usize, max_context: usize) -> usize {
-    let chunks = max_context.div_ceil(CHUNK).max(1);
-    count.saturating_mul(heads.q_heads).saturating_mul(chunks)
+    let lines = count.saturating_mul(heads.q_heads);
+    lines.saturating_mul(chunks(max_context))
 }
 
 fn head_counts(op: &'static str, heads: Heads) -> Result<(i32, i32)> {

@@ -121,7 +121,17 @@ fn attention(cuda: &Cuda, counter: &mut Counter) {
         kv_heads: 2,
         head_dim: 128,
     };
-    for (h, name) in [(HEADS, HEADS_NAME), (wide, "(4 + 2 + 2) heads of 128")] {
+    // Qwen2.5-0.5B's.
+    let grouped = Heads {
+        q_heads: 14,
+        kv_heads: 2,
+        head_dim: 64,
+    };
+    for (h, name) in [
+        (HEADS, HEADS_NAME),
+        (grouped, "(14 + 2 + 2) heads of 64"),
+        (wide, "(4 + 2 + 2) heads of 128"),
+    ] {
         let scale = 1.0 / (h.head_dim as f32).sqrt();
         // A prompt of 128 tokens and two answers of 64.
         let (rows, lines) = (256, 256 * h.q_heads);
