@@ -66,18 +66,17 @@ struct Source {
     bool there;
 };
 
-// Starts copying ROWS rows of D values into a tile; `row` gives a row's source. A quarter of a lone warp's
-// copies at a time, or the compiler holds the addresses of all in registers from tile to tile.
+// Starts copying ROWS rows of D values into a tile; `row` gives a row's source. Not all copies of a lone
+// warp at once: the compiler would hold their addresses in registers from tile to tile.
 template <int D, int ROWS, int THREADS, class Row>
 __device__ __forceinline__ void load_tile(uint32_t tile, Row row) {
-    constexpr int CHUNKS = D / CHUNK;
-    static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies as much");
+    constexpr int CHUNKS = D / CHUNK, STEP = THREADS / CHUNKS;
+    static_assert(THREADS % CHUNKS == 0 && ROWS % STEP == 0, "every thread copies as much");
+    const int first = threadIdx.x / CHUNKS, chunk = threadIdx.x % CHUNKS;
 #pragma unroll 4
-    for (int step = 0; step < ROWS * CHUNKS / THREADS; step++) {
-        const int at = step * THREADS + static_cast<int>(threadIdx.x);
-        const Source from = row(at / CHUNKS);
-        cp_async_16(tile + chunk_offset<D>(at / CHUNKS, at % CHUNKS), from.at + at % CHUNKS * CHUNK,
-                    from.there);
+    for (int i = first; i < first + ROWS; i += STEP) {
+        const Source from = row(i);
+        cp_async_16(tile + chunk_offset<D>(i, chunk), from.at + chunk * CHUNK, from.there);
     }
 }
 
