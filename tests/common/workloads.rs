@@ -231,8 +231,8 @@ fn gemm(cuda: &Cuda, counter: &mut Counter) {
     let weights = inputs * outputs;
     let w = bf16s(cuda, weights);
     let weight = Weight::Bf16(&w);
-    // Training and decoding.
-    for rows in [256, 8] {
+    // Training, and decoding of many and of few.
+    for rows in [256, 64, 8] {
         let shape = LinearShape {
             rows,
             inputs,
@@ -249,7 +249,7 @@ fn gemm(cuda: &Cuda, counter: &mut Counter) {
         counter.call(format!("linear_dx, {size}"), least, || {
             cuda.linear_dx(shape, &dy, weight, &mut dx)
         });
-        if rows == 8 {
+        if rows < 256 {
             continue;
         }
         let mut dw = cuda.zeros(weights).unwrap();
@@ -349,7 +349,7 @@ fn logprob(cuda: &Cuda, counter: &mut Counter) {
             Some(&mut dhead),
         )
     });
-    for rows in [128, 8] {
+    for rows in [128, 64, 8] {
         let mut logits = cuda.zeros(rows * vocab).unwrap();
         let least = 2 * (weights + rows * hidden) + 4 * rows * vocab;
         counter.call(
