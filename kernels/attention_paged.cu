@@ -6,9 +6,8 @@
 // decode    Sequences with one query row, which has far too few lines to fill a GPU: every chunk of
 //           keys is reduced by a warp of its own (the lines are the query heads of the group) and its
 //           state goes to memory; `merge` then merges each head's states left to right. A sequence of
-//           one chunk is done at once. Keys and values are read once for the group, through a ring of
-//           three tiles: while a warp works on one, two are under way. Were those of a tile alone, the
-//           few warps of a small batch would wait for memory most of the time.
+//           one chunk needs no merge. Keys and values are read once for the group, through a ring of
+//           three tiles: while a warp works on one, two are under way, from the first tile to the last.
 //
 // What a launch does is decided by the sequences in device memory; the grid follows from upper bounds,
 // and blocks without work leave at once. So a captured graph serves every step within the bounds. A

@@ -1,6 +1,6 @@
 //! Attention against an f64 reference, and the equality of its paths to the bit.
 
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
 use dust_kernels::cpu::Level;
 use dust_kernels::{Cpu, Device, Error, Result};
 use rand::{RngExt, SeedableRng};
@@ -403,8 +403,8 @@ fn refuses_what_breaks_the_rules() {
 fn paged_calls_refuse_what_breaks_the_rules() {
     let cpu = Cpu::with_threads(1);
     let h = heads(4, 2, 8);
-    let mut k = cpu.zeros(2 * CHUNK * h.kv_width()).unwrap();
-    let mut v = cpu.zeros(2 * CHUNK * h.kv_width()).unwrap();
+    let mut k = cpu.zeros(2 * PAGE * h.kv_width()).unwrap();
+    let mut v = cpu.zeros(2 * PAGE * h.kv_width()).unwrap();
     let qkv = cpu.zeros(3 * h.qkv_width()).unwrap();
     for (slots, ok) in [([0, 127, 64], true), ([0, 128, 64], false)] {
         let slots = cpu.upload(&slots).unwrap();

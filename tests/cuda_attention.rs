@@ -10,7 +10,7 @@ mod common {
 mod reference;
 
 use common::cuda::*;
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
 use dust_kernels::{Cpu, Cuda, Device, Error, Result};
 use half::bf16;
 use reference::{Cache, Results, heads, naive_f64, scale, segment};
@@ -302,8 +302,8 @@ fn a_long_context_decodes_to_the_bits_of_prefill() {
         let h = heads(2, 1, 64);
         // 33 chunks: a lane of the merging warp looks after two.
         let longest = 32 * 256 + 70_usize;
-        let pages = longest.div_ceil(CHUNK);
-        let cached = pages * CHUNK * h.kv_width();
+        let pages = longest.div_ceil(PAGE);
+        let cached = pages * PAGE * h.kv_width();
         let (k, v) = (up(cuda, &random(1, cached)), up(cuda, &random(2, cached)));
         let qkv = up(cuda, &random(3, 2 * h.qkv_width()));
         let table: Vec<u32> = (0..pages as u32).rev().collect();
@@ -382,7 +382,7 @@ fn paged(cuda: &Cuda, sequence: (u32, u32, u32, u32), pages: &[u32]) -> Result<(
         pages: &up(cuda, pages),
     };
     let qkv = up(cuda, &vec![bf16::ONE; 3 * h.qkv_width()]);
-    let cache = up(cuda, &vec![bf16::ONE; 2 * CHUNK * h.kv_width()]);
+    let cache = up(cuda, &vec![bf16::ONE; 2 * PAGE * h.kv_width()]);
     let mut out = cuda.zeros(3 * h.out_width())?;
     cuda.attention_paged(h, 1.0, batch, &qkv, &cache, &cache, &mut out)?;
     cuda.download(&out)?;
@@ -422,8 +422,8 @@ fn bad_indices_are_reported_and_memory_is_left_alone() {
 
         let h = heads(2, 1, 64);
         let qkv = up(cuda, &vec![bf16::ONE; 3 * h.qkv_width()]);
-        let mut k = cuda.zeros(2 * CHUNK * h.kv_width()).unwrap();
-        let mut v = cuda.zeros(2 * CHUNK * h.kv_width()).unwrap();
+        let mut k = cuda.zeros(2 * PAGE * h.kv_width()).unwrap();
+        let mut v = cuda.zeros(2 * PAGE * h.kv_width()).unwrap();
         let slots = up(cuda, &[0u32, 128, 127]);
         cuda.cache_write(3, h, &qkv, &slots, &mut k, &mut v)
             .unwrap();
@@ -458,7 +458,7 @@ fn a_captured_decode_serves_later_steps() {
         let h = heads(2, 1, 64);
         let qkv = up(cuda, &random(1, 2 * h.qkv_width()));
         // Six pages a sequence: up to two chunks.
-        let cache = up(cuda, &random(2, 12 * CHUNK * h.kv_width()));
+        let cache = up(cuda, &random(2, 12 * PAGE * h.kv_width()));
         let pages = up(cuda, &[3u32, 1, 10, 0, 2, 8, 5, 11, 4, 9, 7, 6]);
         let mut sequences = cuda.zeros(2).unwrap();
         let step = |contexts: [u32; 2]| {
@@ -476,7 +476,7 @@ fn a_captured_decode_serves_later_steps() {
                 count: 2,
                 rows: 2,
                 max_q_len: 1,
-                max_context: 6 * CHUNK,
+                max_context: 6 * PAGE,
                 pages: &pages,
             };
             cuda.attention_paged(h, scale(h), batch, &qkv, &cache, &cache, out)
@@ -568,9 +568,12 @@ fn decode_moves_the_least_bytes() {
     with_cuda(|cuda, emulator| {
         // Seven query heads to a key/value head, as Qwen2.5-0.5B has, have the most states.
         let shapes = [heads(7, 1, 64), heads(6, 2, 64), heads(7, 1, 128)];
-        for (h, context) in shapes.map(|h| [(h, 100_usize), (h, 512), (h, 700)]).concat() {
-            let (count, pages) = (2, context.div_ceil(CHUNK));
-            let cached = count * pages * CHUNK * h.kv_width();
+        for (h, context) in shapes
+            .map(|h| [(h, 100_usize), (h, 512), (h, 700)])
+            .concat()
+        {
+            let (count, pages) = (2, context.div_ceil(PAGE));
+            let cached = count * pages * PAGE * h.kv_width();
             let (k, v) = (up(cuda, &random(1, cached)), up(cuda, &random(2, cached)));
             let table: Vec<u32> = (0..(count * pages) as u32).collect();
             let sequence = |i: usize| PagedSequence {

@@ -12,11 +12,12 @@
 // mma steps over the inner dimension, in which keys out of sight count for exact zeros, and a line is a row
 // of the mma, independent of the other 15.
 //
-// A chunk is what one warp does alone in decode, and its state what it writes to memory and another warp
-// reads again: 2 x 4 (D + 2) bytes for each query head of the group, beside 2 x 2 D bytes for each key. With 7
-// query heads to a key/value head that is 22 % of the bytes with chunks of 64 keys, 11 % with 128 and 6 %
-// with 256. Longer ones would leave the few and short sequences that are decoded first with one warp for
-// each key/value head. A tile is what fits into the registers at once, and a page of the cache.
+// Why 256 keys: in decode a chunk is what one warp does, and its state what it writes to memory and another
+// warp reads again, 2 x 4 (D + 2) bytes for each query head of the group, beside 2 x 2 D bytes for each key. With
+// seven query heads to a key/value head that adds 22 % to the bytes of chunks of 64 keys, 11 % with 128, 6 %
+// with 256. Against longer ones speaks parallelism: a context of up to 256 keys already has one warp for each
+// key/value head, so that 32 sequences with two of them are 64 warps. A tile is what fits the registers, and a
+// page of the cache.
 //
 // Exponents are of base 2, with scale * log2(e) multiplied into the scores.
 #pragma once

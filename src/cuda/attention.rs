@@ -6,7 +6,7 @@
 use super::launch::{Fault, Grid, Kernels, dim};
 use super::{Cuda, CudaBuffer, device_error};
 use crate::attention::{
-    Attention, CHUNK, Heads, PagedBatch, Segment, check_attention, check_attention_backward,
+    Attention, Heads, PAGE, PagedBatch, Segment, check_attention, check_attention_backward,
     check_cache_write, check_paged,
 };
 use crate::{Buffer, Error, Result};
@@ -20,8 +20,10 @@ const WARPS: usize = 4;
 const THREADS: usize = 32 * WARPS;
 /// Lines of an mma, which one warp takes in decode.
 const WARP_LINES: usize = 16;
-/// Keys that one warp reduces in decode; the keys of a page are a tile of them.
-const CHUNK_KEYS: usize = 4 * CHUNK;
+/// Keys of a tile: those of a page.
+const KEYS: usize = PAGE;
+/// Keys of a chunk, which one warp reduces in decode.
+const CHUNK_KEYS: usize = 4 * KEYS;
 /// Tiles of keys or values in the ring that they pass through in decode.
 const RING_TILES: usize = 3;
 /// Lines of a tile that the kernel for the gradients of keys and values reads.
@@ -241,8 +243,8 @@ impl Kernels {
         let tile = tile_bytes(heads, LINES);
         let queries_grid = grid(OP, tiles, heads.kv_heads, count, THREADS, 4 * tile)?;
         let shared = 2 * tile + 4 * tile_bytes(heads, READ_LINES);
-        let chunks = max_len.div_ceil(CHUNK);
-        let keys_grid = grid(OP, chunks, heads.kv_heads, count, THREADS, shared)?;
+        let key_tiles = max_len.div_ceil(KEYS);
+        let keys_grid = grid(OP, key_tiles, heads.kv_heads, count, THREADS, shared)?;
         let lanes = heads.head_dim / 8;
         let lines = rows.saturating_mul(heads.q_heads);
         let delta_grid = Grid::new(lines.saturating_mul(lanes).div_ceil(256), 256);
@@ -297,7 +299,7 @@ impl Kernels {
         by_size(OP, heads, [OP; 2])?;
         let chunks = |elements: usize| dim(OP, "heads", elements / 8);
         let (kv_chunks, row_chunks) = (chunks(heads.kv_width())?, chunks(heads.qkv_width())?);
-        let slot_count = index_limit(cache_pages.saturating_mul(CHUNK));
+        let slot_count = index_limit(cache_pages.saturating_mul(PAGE));
         let blocks = rows.saturating_mul(2 * kv_chunks as usize).div_ceil(256);
         let keys = qkv + 2 * heads.k_offset() as CUdeviceptr;
         let rows = dim(OP, "rows", rows)?;
@@ -380,7 +382,7 @@ impl Kernels {
             scale_log2: scale * std::f32::consts::LOG2_E,
             faults: batch.faults,
         };
-        let tile = tile_bytes(heads, CHUNK);
+        let tile = tile_bytes(heads, KEYS);
         if batch.max_q_len > 1 {
             let tiles = tiles(OP, heads, batch.max_q_len)?;
             let grid = grid(OP, tiles, heads.kv_heads, count, THREADS, 4 * tile)?;

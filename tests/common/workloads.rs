@@ -6,7 +6,7 @@ use super::cuda::{random, random_f32, reports_of, up};
 use cuda_emulator::{Emulator, LaunchReport};
 use dust_kernels::activation::Activation;
 use dust_kernels::adamw::{AdamW, AdamWConfig};
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
 use dust_kernels::embedding::Embedding;
 use dust_kernels::gemm::{Gemm, LinearShape};
 use dust_kernels::grpo::{AdvantageConfig, Grpo, GrpoConfig};
@@ -167,7 +167,7 @@ fn attention(cuda: &Cuda, counter: &mut Counter) {
         );
 
         let (sequences, context) = (4, 512);
-        let pages = sequences * context / CHUNK;
+        let pages = sequences * context / PAGE;
         let cached = sequences * context * h.kv_width();
         let [mut k, mut v] = [(); 2].map(|()| bf16s(cuda, cached));
         let table: Vec<u32> = (0..pages as u32).rev().collect();
@@ -182,7 +182,7 @@ fn attention(cuda: &Cuda, counter: &mut Counter) {
                 q_start: (i * q_len) as u32,
                 q_len: q_len as u32,
                 context: context as u32,
-                first_page: (i * context / CHUNK) as u32,
+                first_page: (i * context / PAGE) as u32,
             };
             let list: Vec<_> = (0..sequences).map(sequence).collect();
             let batch = PagedBatch {

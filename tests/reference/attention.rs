@@ -1,7 +1,7 @@
 //! Attention and its gradient by the definition, shapes to try, and the building of paged calls.
 //! Included by the tests of both back ends.
 
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
 use dust_kernels::{Device, Float};
 
 pub const fn heads(q_heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
@@ -119,9 +119,9 @@ pub struct Cache<'a, D: Device> {
 
 impl<'a, D: Device + Attention> Cache<'a, D> {
     pub fn new(device: &'a D, heads: Heads, sequences: usize, tokens: usize) -> Self {
-        let per_sequence = tokens.div_ceil(CHUNK);
+        let per_sequence = tokens.div_ceil(PAGE);
         let count = sequences * per_sequence;
-        let stale = vec![D::Elem::from_f32(f32::NAN); count * CHUNK * heads.kv_width()];
+        let stale = vec![D::Elem::from_f32(f32::NAN); count * PAGE * heads.kv_width()];
         Self {
             device,
             heads,
@@ -153,7 +153,7 @@ impl<'a, D: Device + Attention> Cache<'a, D> {
                 first_page: first_page as u32,
             });
             slots.extend((first..first + len).map(|token| {
-                self.pages[first_page + token / CHUNK] * CHUNK as u32 + (token % CHUNK) as u32
+                self.pages[first_page + token / PAGE] * PAGE as u32 + (token % PAGE) as u32
             }));
         }
         let most = |of: fn(&PagedSequence) -> u32| sequences.iter().map(of).max().unwrap() as usize;
@@ -166,7 +166,7 @@ impl<'a, D: Device + Attention> Cache<'a, D> {
             count: sequences.len(),
             rows,
             max_q_len: max_q_len + spare,
-            max_context: max_context + CHUNK * spare,
+            max_context: max_context + PAGE * spare,
             pages: &device.upload(&self.pages).unwrap(),
         };
         let qkv = device.upload(qkv).unwrap();
