@@ -257,10 +257,7 @@ impl Metric {
                     }
                     _ => &problem.judgments,
                 };
-                let scores: Vec<_> = judgments
-                    .iter()
-                    .filter_map(|j| j.score(self))
-                    .collect();
+                let scores: Vec<_> = judgments.iter().filter_map(|j| j.score(self)).collect();
                 mean(&scores)
             }
         };
@@ -518,8 +515,8 @@ mod tests {
         );
         let first = (1.0 / 3f64.log2() + 0.5) / (1.0 + 1.0 / 3f64.log2());
         let random = 0.25 * (1.0 + 1.0 / 3f64.log2() + 0.5 + 1.0 / 5f64.log2());
-        let of_two = 0.5 * (1.0 + 1.0 / 3f64.log2() + 0.5 + 1.0 / 5f64.log2())
-            / (1.0 + 1.0 / 3f64.log2());
+        let of_two =
+            0.5 * (1.0 + 1.0 / 3f64.log2() + 0.5 + 1.0 / 5f64.log2()) / (1.0 + 1.0 / 3f64.log2());
         let expected = [
             (Metric::Pass1, 0.25),
             (Metric::NdcgMixed, (first + random) / 2.0),

@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::shuffle::shuffle;
-use crate::tasks::Task;
 use crate::tasks::prompt::fenced;
+use crate::tasks::{Mode, Task};
 use crate::text::{Message, Role};
 
 /// The order in which the candidates of a group are shown: `shown()[position] = candidate`.
@@ -68,6 +68,10 @@ pub fn prompt(
     examples: &[Permutation],
 ) -> Vec<Message> {
     let mut user = format!("# Problem\n\n{}\n", task.statement.trim_end());
+    // A statement that is the head of the function shows it already.
+    if let (Some(code), true) = (&task.starter_code, task.mode != Mode::Assert) {
+        user += &format!("\nA solution starts from this code:\n{}\n", fenced(code));
+    }
     for (position, &candidate) in order.shown().iter().enumerate() {
         let program = fenced(programs[candidate]);
         user += &format!("\n# Candidate {}\n\n{program}\n", position + 1);

@@ -121,12 +121,16 @@ pub fn eval<B: Backend + Clone>(
     let outcomes = verdicts(config, &candidates, &problems)?;
     let mut groups = groups(config, &candidates, &outcomes);
     if let Some(before) = &before {
-        groups.extend(before.judgments.iter().filter(|j| j.permutation == 0 && j.is_mixed()).map(
-            |j| JudgedGroup {
-                same: true,
-                ..asked(j)
-            },
-        ));
+        groups.extend(
+            before
+                .judgments
+                .iter()
+                .filter(|j| j.permutation == 0 && j.is_mixed())
+                .map(|j| JudgedGroup {
+                    same: true,
+                    ..asked(j)
+                }),
+        );
     }
     let judgments = judge(&session, config, run, stage, tasks, groups)?;
     let file = EvalFile {

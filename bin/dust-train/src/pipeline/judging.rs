@@ -1,7 +1,7 @@
 //! Asking the judge and reading its answer: the same in training and in the evaluation.
 
 use super::{Config, Session, bad_input};
-use crate::judge::{Invalid, Parse, Permutation, examples, parse, prompt};
+use crate::judge::{Invalid, Permutation, examples, prompt, read};
 use crate::rollout::Finish;
 use crate::tasks::Task;
 use anyhow::Result;
@@ -47,12 +47,9 @@ impl Question {
         answer: &str,
         finish: Finish,
     ) -> Result<(Vec<usize>, usize), Invalid> {
-        if finish == Finish::Length && config.judge.parse == Parse::Strict {
-            return Err(Invalid::Cut);
-        }
         let text = format!("{}{answer}", config.judge.prefix);
         let k = self.order.shown().len();
-        let positions = parse(&text, k, thinking, config.judge.parse)?;
+        let positions = read(&text, k, thinking, config.judge.parse, finish)?;
         Ok((self.order.candidates(&positions), positions[0]))
     }
 

@@ -161,7 +161,8 @@ fn examples(before: &EvalFile, after: &EvalFile, statements: &HashMap<&str, &str
         .filter_map(|b| {
             let a = after.judgments.iter().find(|a| {
                 a.same
-                    && (&a.problem, a.repeat, a.permutation) == (&b.problem, b.repeat, b.permutation)
+                    && (&a.problem, a.repeat, a.permutation)
+                        == (&b.problem, b.repeat, b.permutation)
             })?;
             Some(Example {
                 id: b.problem.clone(),
