@@ -15,7 +15,8 @@ use std::path::Path;
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Key of every random number of the run.
+    /// Key of the random numbers of data and measurement: the split, the candidates, the groups, the
+    /// evaluation.
     pub seed: u64,
     /// The model.
     pub model: ModelSettings,
@@ -240,6 +241,9 @@ pub enum Aggregation {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainSettings {
+    /// Key of training's random numbers; left out: `seed`. Runs that differ in it alone are seeds of
+    /// one arm.
+    pub seed: Option<u64>,
     /// What is taught: `ranking`, `on_policy_ranking`, `generation` or `iterative`.
     pub arm: Arm,
     /// Steps of one kind before the other, in the arm `iterative`.
@@ -300,6 +304,7 @@ pub struct TrainSettings {
 impl Default for TrainSettings {
     fn default() -> Self {
         Self {
+            seed: None,
             arm: Arm::Ranking,
             alternate: 50,
             sft_steps: 0,

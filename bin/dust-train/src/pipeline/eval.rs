@@ -4,6 +4,7 @@ use super::bad_input;
 use super::judging::Question;
 use super::label::{open_sandbox, program, run_programs};
 use super::session::derive_seed;
+use super::stage::{Stage, measurement};
 use super::{Candidate, Config, Problems, RunFolder, Session};
 use crate::metrics::{Judgment, Problem};
 use crate::rollout::Request;
@@ -56,8 +57,8 @@ pub struct JudgedGroup {
 pub struct EvalFile {
     /// The model that was measured.
     pub model: String,
-    /// The settings' part that decides what is measured; evaluations that differ in it are not
-    /// compared.
+    /// All that decides what is measured, a line each: settings, and a hash of the problems;
+    /// evaluations that differ in it are not compared.
     pub settings: String,
     /// What the figures are computed from.
     pub problems: Vec<Problem>,
@@ -96,6 +97,10 @@ pub fn eval<B: Backend + Clone>(
             folder.display()
         );
     }
+    match checkpoint {
+        Some(_) => Stage::EvalAfter.begin(run, config)?,
+        None => Stage::EvalBefore.begin(run, config)?,
+    }
     let session = Session::load(device.clone(), config, folder.as_deref(), false)?;
     let stage = if checkpoint.is_some() {
         "after"
@@ -107,7 +112,7 @@ pub fn eval<B: Backend + Clone>(
     let judgments = judge(&session, config, run, stage, tasks, &candidates, &outcomes)?;
     let file = EvalFile {
         model: folder.map_or_else(|| config.model.path.clone(), |f| f.display().to_string()),
-        settings: toml::to_string(&config.eval)?,
+        settings: measurement(config, tasks)?,
         problems: tasks
             .iter()
             .map(|task| summarise(task, &candidates, &outcomes, &judgments))

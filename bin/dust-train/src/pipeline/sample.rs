@@ -1,6 +1,7 @@
 //! Stage 1: the frozen model draws candidate programs for every training problem.
 
 use super::session::derive_seed;
+use super::stage::Stage;
 use super::{Config, Manifest, Problems, RunFolder, Session};
 use crate::rollout::{Finish, Request, SamplingSettings};
 use crate::tasks::{Task, extract::extract, prompt::generation};
@@ -96,15 +97,23 @@ pub fn sample<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) 
     if run.has(CANDIDATES) {
         return Ok(());
     }
+    Stage::Sample.begin(run, config)?;
     let problems = Problems::load(config)?;
     Manifest::update(run, |m| {
         m.device = device.name();
         m.problems = [
             ("train".to_owned(), problems.train.len()),
             ("held-out".to_owned(), problems.held_out.len()),
+            ("left-out".to_owned(), problems.left_out.len()),
         ]
         .into();
     })?;
+    if !problems.left_out.is_empty() {
+        eprintln!(
+            "sample: these ask what held-out problems ask, and are left out: {}",
+            problems.left_out.join(", ")
+        );
+    }
     let session = Session::load(device.clone(), config, None, false)?;
     let mut partial = run.resume::<Candidate>(CANDIDATES)?;
     let done = partial

@@ -14,25 +14,28 @@ mod state;
 mod update;
 
 pub use metrics::StepMetrics;
+pub(super) use metrics::worst;
 pub use optimizer::Optimizer;
 pub use rollout::Lesson;
+pub(super) use state::STATE;
 
-use super::group::{GROUPS, Group};
+use super::group::{GROUPS, Group, read_groups};
 use super::progress::Progress;
 use super::session::derive_seed;
-use super::{Arm, Config, Problems, RunFolder, Session};
+use super::stage::Stage;
+use super::{Arm, Config, Manifest, Partial, Problems, RunFolder, Session};
 use crate::checkpoint::Dtype;
 use crate::interrupt;
 use crate::model::{Purpose, Workspace, freeze};
 use crate::shuffle::shuffle;
 use crate::tasks::Task;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use dust_kernels::Backend;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rollout::{Rolled, Roller};
-use std::collections::HashMap;
-use std::time::Instant;
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 use update::Updater;
 
 /// The stage's log.
@@ -40,31 +43,42 @@ pub const METRICS: &str = "metrics.jsonl";
 /// The trained model, as a Hugging Face folder.
 pub const FINAL: &str = "model";
 
+/// Longest time between two checkpoints, whatever `train.checkpoint_every` says: what a kill costs.
+const CHECKPOINT_PAUSE: Duration = Duration::from_secs(600);
+
 /// Trains on `groups.jsonl`; leaves `metrics.jsonl` and the folder `model`.
 ///
 /// # Errors
 /// What loading, sampling and the kernels report; an interrupt, after which the same call goes on.
 pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -> Result<()> {
     if run.has(FINAL) {
-        return Ok(());
+        // A kill may have come between the model and this.
+        return state::remove(run);
     }
-    let groups: Vec<Group> = run.read_lines(GROUPS, "group")?;
-    let hash = run.hash(GROUPS)?;
+    Stage::Train.begin(run, config)?;
     let problems = Problems::load(config)?;
-    let tasks = problems.by_id();
+    let groups = read_groups(config, run, &problems)?;
+    let hash = run.hash(GROUPS)?;
+    Manifest::update(run, |m| m.groups_sha256 = Some(hash.clone()))?;
+    let tasks = problems.train_by_id();
+    // All arms learn from the same problems, those that have a group.
+    let grouped: HashSet<&str> = groups.iter().map(|g| g.problem.as_str()).collect();
+    let grouped: Vec<&Task> = problems
+        .train
+        .iter()
+        .filter(|t| grouped.contains(t.id.as_str()))
+        .collect();
+    // What follows draws by the seed of training.
+    let config = &Config {
+        seed: config.train.seed.unwrap_or(config.seed),
+        ..config.clone()
+    };
     let mut session = Session::load(device.clone(), config, None, true)?;
     // The reference is the model as it was loaded, before a checkpoint is read.
     let reference = freeze(device, &session.model)?;
     let mut optimizer = Optimizer::new(device, &session.model)?;
     let done = state::load(device, run, &mut session.model, &mut optimizer, &hash)?;
-    let mut log = run.resume::<StepMetrics>(METRICS)?;
-    if log.lines.len() > done {
-        // Steps after the checkpoint are made again, to the same bits.
-        let kept = log.lines[..done].to_vec();
-        drop(log);
-        run.write_lines(&format!("{METRICS}.partial"), &kept)?;
-        log = run.resume(METRICS)?;
-    }
+    let mut log = resume_log(run, done)?;
 
     let purpose = Purpose::Train {
         recompute: config.model.recompute,
@@ -77,19 +91,25 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     let mut roller = Roller::new();
     let bar = Progress::new("train", config.train.steps as u64);
     bar.start_at(done as u64);
+    let (mut saved, mut saved_at) = (done, Instant::now());
     for step in done..config.train.steps {
         let all = Material {
             groups: &groups,
-            problems: &problems.train,
+            problems: &grouped,
             tasks: &tasks,
         };
         let rolled = match roll(&session, config, &mut roller, step, &all) {
-            // The weights are those after the last whole step: nothing but this rollout is lost.
-            Err(error) if interrupt::requested() => {
-                state::save(device, run, &session.model, &optimizer, step, &hash)?;
+            Ok(rolled) => rolled,
+            Err(error) => {
+                // The weights are those after the last whole step: nothing but this rollout is lost.
+                if step > saved
+                    && let Err(second) =
+                        state::save(device, run, &session.model, &optimizer, step, &hash)
+                {
+                    eprintln!("train: the steps since the last checkpoint are lost: {second:#}");
+                }
                 return Err(error);
             }
-            other => other?,
         };
         // Updates are not broken off: an interrupt waits for the end of the step.
         let line = updater.update(&mut session, &mut optimizer, config, step, rolled)?;
@@ -101,21 +121,32 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
                 line.grad_norm
             )
         });
+        if line.skipped_updates > 0 {
+            eprintln!(
+                "train: step {}: {} of {} updates were skipped, since a gradient was not finite",
+                line.step, line.skipped_updates, line.updates
+            );
+        }
         log.push(line)?;
         let last = step + 1 == config.train.steps;
-        if last || interrupt::requested() || (step + 1) % config.train.checkpoint_every == 0 {
+        if last
+            || interrupt::requested()
+            || (step + 1) % config.train.checkpoint_every == 0
+            || saved_at.elapsed() >= CHECKPOINT_PAUSE
+        {
             state::save(device, run, &session.model, &optimizer, step + 1, &hash)?;
+            (saved, saved_at) = (step + 1, Instant::now());
         }
         interrupt::check()?;
     }
     bar.finish();
+    // The folder comes last: where it is, training is done.
+    run.finish(METRICS, log, |m| m.step)?;
     session
         .model
         .save(device, &run.file(FINAL), Dtype::F32, &session.text_files)?;
-    run.finish(METRICS, log, |m| m.step)?;
-    // The folder holds the weights now; the moments have no further use.
-    std::fs::remove_file(run.file(state::STATE))
-        .with_context(|| format!("{}: cannot be removed", run.file(state::STATE).display()))?;
+    // It holds the weights now; the moments have no further use.
+    state::remove(run)?;
     eprintln!(
         "train: {} steps, model in {}",
         config.train.steps,
@@ -124,10 +155,27 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     Ok(())
 }
 
+/// The log up to the checkpoint, which is after `done` steps. Later ones are made again, to the same
+/// bits.
+fn resume_log(run: &RunFolder, done: usize) -> Result<Partial<StepMetrics>> {
+    if run.has(METRICS) {
+        // A kill came between the end of the log and the model.
+        run.reopen(METRICS)?;
+    }
+    let log = run.resume::<StepMetrics>(METRICS)?;
+    if log.lines.len() <= done {
+        return Ok(log);
+    }
+    let kept = log.lines[..done].to_vec();
+    drop(log);
+    run.write_lines(&format!("{METRICS}.partial"), &kept)?;
+    run.resume(METRICS)
+}
+
 /// What steps choose from.
 struct Material<'a> {
     groups: &'a [Group],
-    problems: &'a [Task],
+    problems: &'a [&'a Task],
     tasks: &'a Tasks<'a>,
 }
 
@@ -185,6 +233,7 @@ fn draw<B: Backend>(
     };
     if writes {
         let tasks = cycle(all.problems, config, "problems", number, prompts);
+        let tasks: Vec<&Task> = tasks.into_iter().copied().collect();
         return generation::write(session, config, roller, number, &tasks);
     }
     if config.train.arm == Arm::OnPolicyRanking {

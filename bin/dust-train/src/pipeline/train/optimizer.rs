@@ -91,6 +91,9 @@ impl<B: Backend> Optimizer<B> {
         }
         let mut norm = [0.0];
         device.read(&self.norm, 0, &mut norm)?;
+        if !norm[0].is_finite() {
+            self.updates -= 1;
+        }
         Ok(norm[0])
     }
 }

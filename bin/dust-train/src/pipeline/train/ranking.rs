@@ -66,11 +66,16 @@ pub(super) fn judge<B: Backend>(
     };
     let pairs = reward(RankingReward::PairwiseAccuracy)?;
     let values = reward(config.train.reward.kernel())?;
+    let values = values
+        .chunks(config.train.judgments as usize)
+        .map(<[f32]>::to_vec)
+        .collect();
     Ok(Rolled {
         lesson: Lesson::Ranking,
         drawn: n,
-        groups: answered(session, config, requests, answers, &values)?,
+        groups: answered(session, config, requests, answers, values)?,
         valid: valid.iter().filter(|&&v| v).count(),
+        no_verdict: 0,
         pair_accuracy: pairs
             .iter()
             .zip(&valid)
@@ -127,6 +132,7 @@ pub(super) fn imitate<B: Backend>(
             })
             .collect(),
         valid: n,
+        no_verdict: 0,
         pair_accuracy: vec![1.0; n],
         picked_first: Vec::new(),
         seconds: roller.start.elapsed().as_secs_f64(),
@@ -170,7 +176,7 @@ pub(super) fn fresh_groups<B: Backend>(
     config: &Config,
     roller: &mut Roller<B>,
     step: usize,
-    problems: &[Task],
+    problems: &[&Task],
 ) -> Result<Vec<Group>> {
     let wanted = config.train.prompts;
     let sandbox = roller.sandbox(config)?;
@@ -178,7 +184,11 @@ pub(super) fn fresh_groups<B: Backend>(
     for round in 0..REFILLS {
         let tasks = cycle(problems, config, "fresh", step * REFILLS + round, wanted);
         let mut seen = HashSet::new();
-        let tasks: Vec<&Task> = tasks.into_iter().filter(|t| seen.insert(&t.id)).collect();
+        let tasks: Vec<&Task> = tasks
+            .into_iter()
+            .copied()
+            .filter(|t| seen.insert(&t.id))
+            .collect();
         let (mut pools, mut programs, mut owners) = (BTreeMap::new(), Vec::new(), Vec::new());
         let by_id: Tasks<'_> = tasks.iter().map(|t| (t.id.as_str(), *t)).collect();
         super::super::sample::draw(

@@ -46,6 +46,8 @@ pub(super) struct Rolled {
     pub drawn: usize,
     /// Answers that hold what was asked for: a ranking, a program.
     pub valid: usize,
+    /// Programs without a verdict, which are not among the answers.
+    pub no_verdict: usize,
     pub pair_accuracy: Vec<f32>,
     /// How often each shown position was ranked first.
     pub picked_first: Vec<usize>,
@@ -59,6 +61,7 @@ impl Rolled {
         self.groups.extend(more.groups);
         self.drawn += more.drawn;
         self.valid += more.valid;
+        self.no_verdict += more.no_verdict;
         self.pair_accuracy.extend(more.pair_accuracy);
         self.picked_first.resize(more.picked_first.len(), 0);
         for (sum, count) in self.picked_first.iter_mut().zip(more.picked_first) {
@@ -143,36 +146,32 @@ impl<B: Backend> Roller<B> {
     }
 }
 
-/// Puts requests, answers and rewards (all answers' in one row) together, with the advantages that
-/// follow from them.
+/// Puts requests, answers and rewards together, with the advantages that follow from them.
 pub(super) fn answered<B: Backend>(
     session: &Session<B>,
     config: &Config,
     requests: Vec<Request>,
     answers: Vec<Vec<Completion>>,
-    rewards: &[f32],
+    rewards: Vec<Vec<f32>>,
 ) -> Result<Vec<Answered>> {
     let device = &session.device;
-    let g = config.train.judgments as usize;
-    let mut advantages = device.zeros::<f32>(rewards.len())?;
-    device.advantages(
-        requests.len(),
-        g,
-        config.train.advantages(),
-        &device.upload(rewards)?,
-        &mut advantages,
-    )?;
-    let advantages = device.download(&advantages)?;
-    let of = |values: &[f32], i: usize| values[i * g..(i + 1) * g].to_vec();
-    Ok(requests
-        .into_iter()
-        .zip(answers)
-        .enumerate()
-        .map(|(i, (request, answers))| Answered {
+    let mut groups = Vec::new();
+    for ((request, answers), rewards) in requests.into_iter().zip(answers).zip(rewards) {
+        // Groups differ in size where answers were left out.
+        let mut advantages = device.zeros::<f32>(rewards.len())?;
+        device.advantages(
+            1,
+            rewards.len(),
+            config.train.advantages(),
+            &device.upload(&rewards)?,
+            &mut advantages,
+        )?;
+        groups.push(Answered {
             prompt: request.prompt,
             answers,
-            rewards: of(rewards, i),
-            advantages: of(&advantages, i),
-        })
-        .collect())
+            rewards,
+            advantages: device.download(&advantages)?,
+        });
+    }
+    Ok(groups)
 }

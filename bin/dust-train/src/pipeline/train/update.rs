@@ -3,7 +3,7 @@
 use super::super::config::Aggregation;
 use super::super::progress::Progress;
 use super::super::{Config, Session};
-use super::metrics::{StepMetrics, mean, peak_memory_mib};
+use super::metrics::{StepMetrics, mean, peak_memory_mib, worst};
 use super::optimizer::Optimizer;
 use super::rollout::{Answered, Lesson, Rolled};
 use crate::metrics::mean_std;
@@ -210,7 +210,7 @@ impl<B: Backend> Updater<B> {
                 old = new;
             } else {
                 let distances = new.iter().zip(&old).map(|(n, o)| f64::from((n - o).abs()));
-                sums.mismatch = distances.fold(sums.mismatch, f64::max);
+                sums.mismatch = distances.fold(sums.mismatch, worst);
             }
         }
         let mut stats = device.zeros::<SequenceStats>(weights.len())?;
@@ -269,6 +269,8 @@ impl<B: Backend> Updater<B> {
         let prompt_tokens: usize = rolled.groups.iter().map(|g| g.prompt.len()).sum();
         let answer_tokens: usize = rolled.answers().map(|a| a.tokens.len()).sum();
         let stats = &sums.stats;
+        let made = || sums.norms.iter().copied().filter(|norm| norm.is_finite());
+        let made_count = made().count();
         StepMetrics {
             step: step + 1,
             lesson: rolled.lesson,
@@ -291,9 +293,15 @@ impl<B: Backend> Updater<B> {
             clipped_dual: per_token(stats.clipped_dual),
             clip_fraction: per_token(stats.clipped_low + stats.clipped_high + stats.clipped_dual),
             mismatch: sums.mismatch,
-            grad_norm: mean(sums.norms.iter().copied()),
+            grad_norm: if made_count == 0 {
+                f64::NAN
+            } else {
+                mean(made())
+            },
             learning_rate: f64::from(learning_rate),
             updates: sums.norms.len(),
+            skipped_updates: sums.norms.len() - made_count,
+            no_verdict: rolled.no_verdict,
             prompt_tokens: share(prompt_tokens, rolled.groups.len()),
             answer_tokens: share(answer_tokens, answers),
             truncated: share(rolled.truncated(), answers),
