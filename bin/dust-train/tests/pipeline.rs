@@ -423,7 +423,44 @@ fn imitation_lowers_the_loss_and_grpo_follows() {
     assert_eq!(lessons, [vec!["imitation"; 6], vec!["ranking"]].concat());
     let loss = |step: usize| log[step]["loss"].as_f64().unwrap();
     assert!(loss(5) < 0.7 * loss(0), "{} {}", loss(0), loss(5));
+    for line in &log[..6] {
+        assert_eq!(
+            (&line["pair_accuracy"], &line["zero_variance"]),
+            (&Value::Null, &json!(0.0))
+        );
+        assert!(line.get("kl").is_none(), "imitation has no KL term: {line}");
+    }
+    assert!(log[6]["kl"].as_f64().unwrap() > 0.0);
     assert_eq!(log[6]["mismatch"], 0.0);
+}
+
+#[test]
+fn answers_longer_than_a_micro_batch_are_trained_on_one_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let train = "steps = 1\nkl_coef = 0\nlearning_rate = 1e-3";
+    let run = grouped(dir.path(), "whole", train);
+    let cut = grouped(dir.path(), "cut", train);
+    let config = cut.with_extension("toml");
+    let text = fs::read_to_string(&config).unwrap();
+    // Enough short judgments that some are valid, as below: only then there is a gradient.
+    let text = text.replace("judgments = 2", "judgments = 24");
+    let text = text.replace("max_tokens = 3", "max_tokens = 1");
+    fs::write(run.with_extension("toml"), &text).unwrap();
+    let text = text.replace("micro_batch_tokens = 8192", "micro_batch_tokens = 1");
+    fs::write(&config, text).unwrap();
+    succeed("train", &run);
+    succeed("train", &cut);
+    let (whole, cut) = (&log(&run)[0], &log(&cut)[0]);
+    assert!(
+        whole.get("kl").is_none(),
+        "no KL term, no reference: {whole}"
+    );
+    assert_eq!(cut["mismatch"], 0.0);
+    assert!(whole["grad_norm"].as_f64().unwrap() > 1e-3, "{whole}");
+    for name in ["reward_mean", "loss", "grad_norm", "entropy"] {
+        let (a, b) = (whole[name].as_f64().unwrap(), cut[name].as_f64().unwrap());
+        assert!((a - b).abs() < 1e-4 * a.abs().max(1e-2), "{name}: {a} {b}");
+    }
 }
 
 #[test]
@@ -480,10 +517,17 @@ fn refilling_leaves_out_what_teaches_nothing() {
         succeed(stage, &run);
     }
     let mut updates = 0;
+    let mut left_out = 0;
     for line in log(&run) {
-        assert_eq!(line["zero_variance"], 0.0, "{line}");
+        let number = |name: &str| line[name].as_u64().unwrap();
         assert_eq!(line["mismatch"], 0.0, "{line}");
-        updates += line["updates"].as_u64().unwrap();
+        // Two groups a step in mini-batches of one, two epochs.
+        assert_eq!(number("updates"), 2 * number("groups"), "{line}");
+        // What is left out for want of contrast is still logged.
+        let alike = line["zero_variance"].as_f64().unwrap() * number("groups_drawn") as f64;
+        assert!(alike <= (number("groups_drawn") - number("groups")) as f64 + 1e-9);
+        updates += number("updates");
+        left_out += number("groups_drawn") - number("groups");
     }
-    assert!(updates > 0, "no group was left");
+    assert!(updates > 0 && left_out > 0, "{updates} {left_out}");
 }

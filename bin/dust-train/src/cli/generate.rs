@@ -148,6 +148,7 @@ fn draw<B: Backend>(
     let stops = Stops {
         tokens: loaded.tokenizer.eos_ids(),
         strings: &[],
+        block: false,
         tokenizer: &loaded.tokenizer,
     };
     let start = Instant::now();

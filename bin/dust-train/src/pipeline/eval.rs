@@ -3,7 +3,7 @@
 use super::bad_input;
 use super::judging::Question;
 use super::label::{open_sandbox, program, run_programs};
-use super::session::derive_seed;
+use super::session::{KeptEngine, Until, derive_seed};
 use super::stage::{Stage, measurement};
 use super::{Candidate, Config, Problems, RunFolder, Session};
 use crate::metrics::{Judgment, Problem};
@@ -144,6 +144,7 @@ fn candidates<B: Backend>(
     let tasks: Vec<&Task> = tasks.iter().collect();
     super::sample::draw(
         session,
+        &mut KeptEngine::new(),
         config,
         // The same seeds before and after: what differs is the model.
         "eval",
@@ -264,7 +265,7 @@ fn judge<B: Backend>(
             "judge",
             &requests,
             &config.eval.sampling.settings(config.judge.max_tokens),
-            &config.judge.stop,
+            Until::Strings(&config.judge.stop),
             |completion| {
                 let (question, problem, repeat, permutation, candidates) =
                     &questions[completion.request];

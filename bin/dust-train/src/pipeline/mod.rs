@@ -28,7 +28,7 @@ pub use label::{Labelled, label};
 pub use problems::Problems;
 pub use reporting::{report, table};
 pub use sample::{Candidate, sample};
-pub use session::{Session, derive_seed};
+pub use session::{Session, Until, derive_seed};
 pub use stage::Settings;
 
 use anyhow::Result;

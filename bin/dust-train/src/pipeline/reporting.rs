@@ -120,7 +120,8 @@ fn step(m: &StepMetrics) -> Step {
         zero_variance: m.zero_variance,
         invalid: m.invalid,
         entropy: m.entropy,
-        kl: m.kl,
+        // A curve has no point there.
+        kl: m.kl.unwrap_or(f64::NAN),
         clip_fraction: m.clip_fraction,
         grad_norm: m.grad_norm,
     }

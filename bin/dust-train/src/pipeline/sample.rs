@@ -1,6 +1,6 @@
 //! Stage 1: the frozen model draws candidate programs for every training problem.
 
-use super::session::derive_seed;
+use super::session::{KeptEngine, derive_seed};
 use super::stage::Stage;
 use super::{Config, Manifest, Problems, RunFolder, Session};
 use crate::rollout::{Finish, Request, SamplingSettings};
@@ -37,6 +37,7 @@ pub struct Candidate {
 /// `done` holds are left out.
 pub(super) fn draw<B: Backend>(
     session: &Session<B>,
+    engine: &mut KeptEngine<B>,
     config: &Config,
     what: &str,
     tasks: &[&Task],
@@ -68,8 +69,9 @@ pub(super) fn draw<B: Backend>(
         return Ok(());
     }
     let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
-    let mut engine = session.engine(longest, sampling.max_tokens)?;
-    session.generate(&mut engine, what, &requests, sampling, &[], |completion| {
+    let engine = engine.with_room(session, longest, sampling.max_tokens)?;
+    let until = session.program_end(config);
+    session.generate(engine, what, &requests, sampling, until, |completion| {
         let (task, missing) = &owners[completion.request];
         if !missing.contains(&completion.sample) {
             return Ok(());
@@ -125,6 +127,7 @@ pub fn sample<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) 
     let settings = &config.sample;
     draw(
         &session,
+        &mut KeptEngine::new(),
         config,
         "sample",
         &tasks,

@@ -3,7 +3,7 @@
 use super::super::label::{program, run_programs};
 use super::super::session::derive_seed;
 use super::super::{Config, Session};
-use super::rollout::{Lesson, Rolled, Roller, answered};
+use super::rollout::{Lesson, Rolled, Roller, answered, temperature};
 use crate::rollout::Request;
 use crate::sandbox::Verdict;
 use crate::tasks::extract::extract;
@@ -32,8 +32,15 @@ pub(super) fn write<B: Backend>(
             })
         })
         .collect::<Result<Vec<_>>>()?;
-    let max_tokens = config.sample.sampling.max_tokens;
-    let answers = roller.draw(session, config, "write", &requests, max_tokens, &[])?;
+    let lesson = Lesson::Generation;
+    let answers = roller.draw(
+        session,
+        "write",
+        &requests,
+        temperature(config, lesson),
+        config.sample.sampling.max_tokens,
+        session.program_end(config),
+    )?;
 
     let thinking = session.opens_thought()?;
     // What an answer without a program counts as.
@@ -67,16 +74,12 @@ pub(super) fn write<B: Backend>(
         programs.len()
     );
     let (requests, answers, rewards) = with_verdict(requests, answers, rewards);
-    let drawn = rewards.iter().map(Vec::len).sum();
     Ok(Rolled {
-        lesson: Lesson::Generation,
-        drawn,
+        lesson,
         groups: answered(session, config, requests, answers, rewards)?,
         valid: programs.len() - no_verdict,
         no_verdict,
-        pair_accuracy: Vec::new(),
-        picked_first: Vec::new(),
-        seconds: roller.start.elapsed().as_secs_f64(),
+        ..Rolled::default()
     })
 }
 

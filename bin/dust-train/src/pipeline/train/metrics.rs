@@ -14,6 +14,11 @@ pub struct StepMetrics {
     pub step: usize,
     /// What it taught.
     pub lesson: Lesson,
+    /// Groups that the updates learned from.
+    pub groups: usize,
+    /// Groups that were drawn; with `train.refill` those that teach nothing are left out. The rewards
+    /// and shares below are over all of them.
+    pub groups_drawn: usize,
     /// Mean reward.
     pub reward_mean: f64,
     /// Standard deviation of the rewards.
@@ -29,12 +34,17 @@ pub struct StepMetrics {
     /// Mean loss of the updates.
     #[serde(deserialize_with = "or_nan")]
     pub loss: f64,
-    /// Mean entropy of the judgments' tokens at the rollout, nats.
+    /// Mean entropy of the answers' tokens in the first epoch, nats: at the rollout for the first
+    /// mini-batch, after the updates before it for the others.
     #[serde(deserialize_with = "or_nan")]
     pub entropy: f64,
-    /// Mean KL estimate to the frozen start of training, per token.
-    #[serde(deserialize_with = "or_nan")]
-    pub kl: f64,
+    /// Mean KL estimate to the frozen start of training, per token; left out where the loss has no
+    /// such term.
+    #[serde(
+        deserialize_with = "some_or_nan",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub kl: Option<f64>,
     /// Mean `k3(old, new)`: how far the updates moved the policy from the rollout.
     #[serde(deserialize_with = "or_nan")]
     pub moved: f64,
@@ -93,6 +103,10 @@ fn or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f64, D::Error> {
     Ok(Option::deserialize(deserializer)?.unwrap_or(f64::NAN))
 }
 
+fn some_or_nan<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
+    or_nan(deserializer).map(Some)
+}
+
 /// The larger of two distances; NaN if one of them is, which `f64::max` would hide.
 pub(in super::super) fn worst(a: f64, b: f64) -> f64 {
     if a.is_nan() || a > b { a } else { b }
@@ -123,7 +137,7 @@ mod tests {
         let again: StepMetrics = serde_json::from_str(&text).unwrap();
         assert!(again.grad_norm.is_nan() && again.loss.is_nan() && again.mismatch.is_nan());
         assert_eq!(serde_json::to_string(&again).unwrap(), text);
-        assert_eq!((again.skipped_updates, again.kl), (1, 0.0));
+        assert_eq!((again.skipped_updates, again.kl), (1, None));
     }
 
     #[test]

@@ -23,10 +23,10 @@ use super::group::{GROUPS, Group, read_groups};
 use super::progress::Progress;
 use super::session::derive_seed;
 use super::stage::Stage;
-use super::{Arm, Config, Manifest, Partial, Problems, RunFolder, Session};
+use super::{Arm, Config, Manifest, Partial, Problems, RunFolder, Session, bad_input};
 use crate::checkpoint::Dtype;
 use crate::interrupt;
-use crate::model::{Purpose, Workspace, freeze};
+use crate::model::freeze;
 use crate::shuffle::shuffle;
 use crate::tasks::Task;
 use anyhow::Result;
@@ -75,17 +75,17 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     };
     let mut session = Session::load(device.clone(), config, None, true)?;
     // The reference is the model as it was loaded, before a checkpoint is read.
-    let reference = freeze(device, &session.model)?;
+    let uses_kl = config.train.kl_coef > 0.0 && config.train.sft_steps < config.train.steps;
+    let reference = match uses_kl {
+        true => Some(freeze(device, &session.model)?),
+        false => None,
+    };
     let mut optimizer = Optimizer::new(device, &session.model)?;
     let done = state::load(device, run, &mut session.model, &mut optimizer, &hash)?;
     let mut log = resume_log(run, done)?;
 
-    let purpose = Purpose::Train {
-        recompute: config.model.recompute,
-    };
-    let rows = config.model.micro_batch_tokens;
     let mut updater = Updater {
-        workspace: Workspace::new(device, &session.model.config, rows, purpose)?,
+        workspace: None,
         reference,
     };
     let mut roller = Roller::new();
@@ -93,6 +93,10 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     bar.start_at(done as u64);
     let (mut saved, mut saved_at) = (done, Instant::now());
     for step in done..config.train.steps {
+        if step > 0 && step == config.train.sft_steps {
+            // What Adam learned about imitation says nothing about what follows.
+            optimizer.reset(device)?;
+        }
         let all = Material {
             groups: &groups,
             problems: &grouped,
@@ -121,6 +125,12 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
                 line.grad_norm
             )
         });
+        if line.groups < config.train.prompts {
+            eprintln!(
+                "train: step {}: {} of {} groups teach something, train.prompts asks for {}",
+                line.step, line.groups, line.groups_drawn, config.train.prompts
+            );
+        }
         if line.skipped_updates > 0 {
             eprintln!(
                 "train: step {}: {} of {} updates were skipped, since a gradient was not finite",
@@ -191,21 +201,34 @@ fn roll<B: Backend>(
     step: usize,
     all: &Material<'_>,
 ) -> Result<Rolled> {
-    roller.start = Instant::now();
-    if !config.train.refill || step < config.train.sft_steps {
-        return draw(session, config, roller, step, step, all);
-    }
+    let start = Instant::now();
+    let imitates = step < config.train.sft_steps;
+    let refill = config.train.refill && !imitates;
+    // Fresh programs give as many mixed groups as they give.
+    let fresh = config.train.arm == Arm::OnPolicyRanking && !imitates;
+    let rounds = if refill || fresh { REFILLS } else { 1 };
     let mut rolled = Rolled::default();
-    for round in 0..REFILLS {
-        let number = step * REFILLS + round;
-        let more = draw(session, config, roller, step, number, all)?;
+    for round in 0..rounds {
+        let wanted = config.train.prompts - rolled.groups.len();
+        let number = step * rounds + round;
+        let more = draw(session, config, roller, step, number, wanted, all)?;
         rolled.add(more);
-        rolled.groups.retain(|group| !group.zero_variance());
+        if refill {
+            rolled.retain(|_, group| !group.zero_variance());
+            rolled.retain(|i, _| i < config.train.prompts);
+        }
         if rolled.groups.len() >= config.train.prompts {
             break;
         }
     }
-    rolled.groups.truncate(config.train.prompts);
+    if fresh && rolled.drawn().next().is_none() {
+        bad_input!(
+            "no mixed group among the programs for {} problems: choose problems nearer to the \
+             model's level",
+            REFILLS * config.train.prompts
+        );
+    }
+    rolled.seconds = start.elapsed().as_secs_f64();
     Ok(rolled)
 }
 
@@ -216,12 +239,13 @@ fn draw<B: Backend>(
     roller: &mut Roller<B>,
     step: usize,
     number: usize,
+    wanted: usize,
     all: &Material<'_>,
 ) -> Result<Rolled> {
     let prompts = config.train.prompts;
     let groups = || cycle(all.groups, config, "order", number, prompts);
     if step < config.train.sft_steps {
-        return ranking::imitate(session, config, roller, number, &groups(), all.tasks);
+        return ranking::imitate(session, config, number, &groups(), all.tasks);
     }
     let writes = match config.train.arm {
         Arm::Ranking | Arm::OnPolicyRanking => false,
@@ -237,7 +261,7 @@ fn draw<B: Backend>(
         return generation::write(session, config, roller, number, &tasks);
     }
     if config.train.arm == Arm::OnPolicyRanking {
-        let groups = ranking::fresh_groups(session, config, roller, number, all.problems)?;
+        let groups = ranking::fresh_groups(session, config, roller, number, wanted, all.problems)?;
         let groups: Vec<&Group> = groups.iter().collect();
         return ranking::judge(session, config, roller, number, &groups, all.tasks);
     }
