@@ -232,6 +232,8 @@ fn seeds_of_one_arm_share_groups_and_are_compared() {
     assert!(output.status.success(), "{output:?}");
     let two = dir.path().join("two");
     assert!(!two.join("candidates.jsonl").exists());
+    let manifest = fs::read_to_string(two.join("manifest.json")).unwrap();
+    assert!(manifest.contains("\"sandbox\""), "{manifest}");
     assert_eq!(
         fs::read(two.join("groups.jsonl")).unwrap(),
         fs::read(&groups).unwrap()
@@ -309,8 +311,13 @@ fn a_training_that_was_killed_at_its_very_end_is_completed() {
         .unwrap();
     assert!(status.success());
     assert_eq!(child.wait().unwrap().code(), Some(130));
-    // Nothing is left but the last line and the folder: as if it had been the last step.
     let done = steps();
+    let mut fewer = command("train", &run);
+    fewer.args(["--set", &format!("train.steps={}", done - 1)]);
+    let output = fewer.output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("raise it"));
+    // Nothing is left but the last line and the folder: as if it had been the last step.
     fs::rename(&partial, run.join("metrics.jsonl")).unwrap();
     let finish = || {
         let mut command = command("train", &run);

@@ -108,7 +108,7 @@ pub fn eval<B: Backend + Clone>(
         "before"
     };
     let candidates = candidates(&session, config, run, stage, tasks)?;
-    let outcomes = verdicts(config, &candidates, &problems)?;
+    let outcomes = verdicts(config, run, &candidates, &problems)?;
     let judgments = judge(&session, config, run, stage, tasks, &candidates, &outcomes)?;
     let file = EvalFile {
         model: folder.map_or_else(|| config.model.path.clone(), |f| f.display().to_string()),
@@ -165,6 +165,7 @@ fn candidates<B: Backend>(
 /// The verdict of each candidate; an answer without a program is wrong.
 fn verdicts(
     config: &Config,
+    run: &RunFolder,
     candidates: &[Candidate],
     problems: &Problems,
 ) -> Result<Vec<Option<Verdict>>> {
@@ -179,7 +180,7 @@ fn verdicts(
             owners.push(i);
         }
     }
-    let sandbox = open_sandbox(config)?;
+    let sandbox = open_sandbox(config, run)?;
     run_programs(&sandbox, config, &programs, |i, outcome| {
         verdicts[owners[i]] = Some(outcome.verdict);
         Ok(())

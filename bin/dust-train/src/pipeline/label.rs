@@ -56,14 +56,17 @@ pub(super) fn program(task: &Task, code: &str) -> sandbox::Program {
     }
 }
 
-/// A sandbox as `config` asks for.
-pub(super) fn open_sandbox(config: &Config) -> Result<Sandbox> {
-    Sandbox::new(SandboxConfig {
+/// A sandbox as `config` asks for. The manifest tells what is in force.
+pub(super) fn open_sandbox(config: &Config, run: &RunFolder) -> Result<Sandbox> {
+    let sandbox = Sandbox::new(SandboxConfig {
         allow_weak: config.sandbox.allow_weak.clone(),
         workers: config.sandbox.workers,
         grading: config.sandbox.grading,
         ..SandboxConfig::default()
-    })
+    })?;
+    let effective = serde_json::to_value(sandbox.effective())?;
+    Manifest::update(run, |m| m.sandbox = Some(effective))?;
+    Ok(sandbox)
 }
 
 /// Runs programs in pieces, so that an interrupt is heard, and hands each outcome over.
@@ -131,9 +134,7 @@ pub fn label(config: &Config, run: &RunFolder) -> Result<()> {
         programs.push(program(task, code));
         todo.push(candidate);
     }
-    let sandbox = open_sandbox(config)?;
-    let effective = serde_json::to_value(sandbox.effective())?;
-    Manifest::update(run, |m| m.sandbox = Some(effective))?;
+    let sandbox = open_sandbox(config, run)?;
     run_programs(&sandbox, config, &programs, |i, outcome| {
         partial.push(Labelled {
             problem: todo[i].problem.clone(),

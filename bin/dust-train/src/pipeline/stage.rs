@@ -191,7 +191,7 @@ pub(super) fn check(run: &RunFolder, config: &Config) -> Result<()> {
         bad_input!(
             "{}: {name} was {} when {} ran and is {} now; choose another folder, or remove {} from \
              this one",
-            run.file("").display(),
+            run.path().display(),
             text(was),
             commands.join(", "),
             text(is),

@@ -59,7 +59,10 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     let problems = Problems::load(config)?;
     let groups = read_groups(config, run, &problems)?;
     let hash = run.hash(GROUPS)?;
-    Manifest::update(run, |m| m.groups_sha256 = Some(hash.clone()))?;
+    Manifest::update(run, |m| {
+        m.device = device.name();
+        m.groups_sha256 = Some(hash.clone());
+    })?;
     let tasks = problems.train_by_id();
     // All arms learn from the same problems, those that have a group.
     let grouped: HashSet<&str> = groups.iter().map(|g| g.problem.as_str()).collect();
@@ -82,13 +85,21 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     };
     let mut optimizer = Optimizer::new(device, &session.model)?;
     let done = state::load(device, run, &mut session.model, &mut optimizer, &hash)?;
+    if done > config.train.steps {
+        bad_input!(
+            "{}: is after {done} steps, train.steps is {}; raise it, or remove the file to train from \
+             the start",
+            run.file(STATE).display(),
+            config.train.steps
+        );
+    }
     let mut log = resume_log(run, done)?;
 
     let mut updater = Updater {
         workspace: None,
         reference,
     };
-    let mut roller = Roller::new();
+    let mut roller = Roller::new(run);
     let bar = Progress::new("train", config.train.steps as u64);
     bar.start_at(done as u64);
     let (mut saved, mut saved_at) = (done, Instant::now());
@@ -127,7 +138,7 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
         });
         if line.groups < config.train.prompts {
             eprintln!(
-                "train: step {}: {} of {} groups teach something, train.prompts asks for {}",
+                "train: step {}: {} groups to learn from, of {} drawn; train.prompts asks for {}",
                 line.step, line.groups, line.groups_drawn, config.train.prompts
             );
         }

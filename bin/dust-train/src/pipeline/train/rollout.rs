@@ -2,7 +2,7 @@
 
 use super::super::label::open_sandbox;
 use super::super::session::{KeptEngine, Until};
-use super::super::{Config, Session};
+use super::super::{Config, RunFolder, Session};
 use crate::rollout::{Completion, Request, SamplingSettings};
 use crate::sandbox::Sandbox;
 use anyhow::Result;
@@ -106,13 +106,15 @@ pub(super) fn temperature(config: &Config, lesson: Lesson) -> f32 {
 pub(super) struct Roller<B: Backend> {
     pub engine: KeptEngine<B>,
     sandbox: Option<Sandbox>,
+    run: RunFolder,
 }
 
 impl<B: Backend> Roller<B> {
-    pub fn new() -> Self {
+    pub fn new(run: &RunFolder) -> Self {
         Self {
             engine: KeptEngine::new(),
             sandbox: None,
+            run: run.clone(),
         }
     }
 
@@ -120,7 +122,7 @@ impl<B: Backend> Roller<B> {
     pub fn sandbox(&mut self, config: &Config) -> Result<&Sandbox> {
         Ok(match &mut self.sandbox {
             Some(sandbox) => sandbox,
-            slot => slot.insert(open_sandbox(config)?),
+            slot => slot.insert(open_sandbox(config, &self.run)?),
         })
     }
 
