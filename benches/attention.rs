@@ -4,7 +4,7 @@
 //! backward pass counts 5 products to the forward's 2), in bytes of cache read for decode.
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
 use dust_kernels::{Cpu, Device};
 
 const HEADS: Heads = Heads {
@@ -68,11 +68,11 @@ fn decode(c: &mut Criterion) {
     let cpu = Cpu::new();
     let mut group = c.benchmark_group("attention decode");
     for (batch, context) in [(1, 600), (16, 128), (16, 600)] {
-        let per_sequence = usize::div_ceil(context, CHUNK);
+        let per_sequence = usize::div_ceil(context, PAGE);
         let pages = batch * per_sequence;
         let mut run = || -> dust_kernels::Result<()> {
-            let k = cpu.upload(&values(pages * CHUNK * HEADS.kv_width()))?;
-            let v = cpu.upload(&values(pages * CHUNK * HEADS.kv_width()))?;
+            let k = cpu.upload(&values(pages * PAGE * HEADS.kv_width()))?;
+            let v = cpu.upload(&values(pages * PAGE * HEADS.kv_width()))?;
             let table: Vec<u32> = (0..pages as u32).collect();
             let table = cpu.upload(&table)?;
             let qkv = cpu.upload(&values(batch * HEADS.qkv_width()))?;

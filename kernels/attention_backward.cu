@@ -65,29 +65,28 @@ __device__ __forceinline__ void query_gradient(const Backward& call) {
     const bf16* k = call.qkv + (call.q_heads + kv_head) * D;
     const int v_offset = call.kv_heads * D;
     const int context = position + (min(first + LINES, end) - 1) / group + 1;
-    const int chunks = (context + KEYS - 1) / KEYS;
+    const int tiles = (context + KEYS - 1) / KEYS;
 
-    // Two stages of a chunk's keys and values; queries and output gradients pass through the second.
+    // Two stages of a tile's keys and values; queries and output gradients pass through the second.
     const uint32_t shared = shared_address(memory);
-    auto load = [&](int chunk) {
-        const uint32_t stage = shared + chunk % 2 * 2 * TILE_BYTES<D>;
-        auto key = [&](int i) -> const bf16* {
-            const uint32_t at = chunk * KEYS + i;
-            if (static_cast<int>(at) >= context) return nullptr;
-            const uint32_t row = at < segment.prefix_len ? segment.prefix_start + at
-                                                         : segment.start + at - segment.prefix_len;
-            return k + row * call.width<D>();
+    auto load = [&](int tile) {
+        const uint32_t stage = shared + tile % 2 * 2 * TILE_BYTES<D>;
+        auto key = [&](int i) {
+            const uint32_t at = tile * KEYS + i;
+            const uint32_t row = at + (at < segment.prefix_len ? segment.prefix_start
+                                                               : segment.start - segment.prefix_len);
+            return Source{k + row * call.width<D>(), static_cast<int>(at) < context};
         };
         load_tile<D, KEYS, 32 * WARPS>(stage, key);
         load_tile<D, KEYS, 32 * WARPS>(stage + TILE_BYTES<D>, [&](int i) {
-            const bf16* at = key(i);
-            return at == nullptr ? at : at + v_offset;
+            const Source from = key(i);
+            return Source{from.at + v_offset, from.there};
         });
     };
     const uint32_t second = shared + 2 * TILE_BYTES<D>;
-    load_tile<D, LINES, 32 * WARPS>(second, [&](int i) { return first + i < end ? q(first + i) : nullptr; });
+    load_tile<D, LINES, 32 * WARPS>(second, [&](int i) { return Source{q(first + i), first + i < end}; });
     load_tile<D, LINES, 32 * WARPS>(second + TILE_BYTES<D>,
-                                    [&](int i) { return first + i < end ? dout(first + i) : nullptr; });
+                                    [&](int i) { return Source{dout(first + i), first + i < end}; });
     load(0);
     cp_async_commit();
     cp_async_wait<0>();
@@ -107,12 +106,12 @@ __device__ __forceinline__ void query_gradient(const Backward& call) {
         delta[half] = line < end ? *deltas(line) : 0.0f;
     }
     float dq[D / 8][4] = {};
-    for (int chunk = 0; chunk < chunks; chunk++) {
+    for (int tile = 0; tile < tiles; tile++) {
         cp_async_wait<0>();
         __syncthreads();
-        if (chunk + 1 < chunks) load(chunk + 1);
+        if (tile + 1 < tiles) load(tile + 1);
         cp_async_commit();
-        const uint32_t keys = shared + chunk % 2 * 2 * TILE_BYTES<D>;
+        const uint32_t keys = shared + tile % 2 * 2 * TILE_BYTES<D>;
         const uint32_t values = keys + TILE_BYTES<D>;
         // Half of the keys at a time, for want of registers.
 #pragma unroll 1
@@ -139,7 +138,7 @@ __device__ __forceinline__ void query_gradient(const Backward& call) {
                     float gradient[2];
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
-                        const int key = chunk * KEYS + slab + 8 * n + lane % 4 * 2 + i;
+                        const int key = tile * KEYS + slab + 8 * n + lane % 4 * 2 + i;
                         const float p = exp2_approx(s[n][2 * half + i] * scale_log2 - lse[half]);
                         gradient[i] = key < sight[half] ? p * (dp[n][2 * half + i] - delta[half]) : 0.0f;
                     }
@@ -227,9 +226,9 @@ __device__ __forceinline__ void key_gradient(const Backward& call) {
     const uint32_t keys = shared_address(memory), values = keys + TILE_BYTES<D>;
     const uint32_t stages = values + TILE_BYTES<D>;
     const bf16* k = call.qkv + block_at;
-    load_tile<D, KEYS, 32 * WARPS>(keys, [&](int i) { return i < count ? k + i * width : nullptr; });
+    load_tile<D, KEYS, 32 * WARPS>(keys, [&](int i) { return Source{k + i * width, i < count}; });
     load_tile<D, KEYS, 32 * WARPS>(values,
-                                   [&](int i) { return i < count ? k + v_offset + i * width : nullptr; });
+                                   [&](int i) { return Source{k + v_offset + i * width, i < count}; });
 
     // The first warp holds a line's figures in registers until the tile before is done.
     float lse = 0.0f, delta = 0.0f;
@@ -239,10 +238,10 @@ __device__ __forceinline__ void key_gradient(const Backward& call) {
         const Lines<const bf16> q = call.queries<D>(call.qkv, reader.row, kv_head);
         const Lines<const bf16> dout = call.douts<D>(reader.row, kv_head);
         load_tile<D, READ_LINES, 32 * WARPS>(tile, [&](int i) {
-            return reader.line + i < reader.end ? q(reader.line + i) : nullptr;
+            return Source{q(reader.line + i), reader.line + i < reader.end};
         });
         load_tile<D, READ_LINES, 32 * WARPS>(tile + READ_BYTES, [&](int i) {
-            return reader.line + i < reader.end ? dout(reader.line + i) : nullptr;
+            return Source{dout(reader.line + i), reader.line + i < reader.end};
         });
         cp_async_commit();
         if (warp == 0) {
@@ -364,7 +363,7 @@ extern "C" __global__ void __launch_bounds__(128) attention_dq_128(const __grid_
     query_gradient<128>(call);
 }
 
-// Grid: (chunks of the longest segment, kv_heads, segments).
+// Grid: (tiles of keys of the longest segment, kv_heads, segments).
 extern "C" __global__ void __launch_bounds__(128) attention_dkv_64(const __grid_constant__ Backward call) {
     key_gradient<64>(call);
 }

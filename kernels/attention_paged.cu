@@ -1,12 +1,13 @@
 // Attention over a paged key/value cache, for prefill and decode, in the bits of the training forward
 // pass, and the copy of keys and values into the cache.
 //
-// prefill   Sequences with several query rows: `forward_tile`, with a chunk's rows found by its page.
-//           A page holds exactly one chunk.
+// prefill   Sequences with several query rows: `forward_tile`, with a tile's rows found by its page.
+//           A page holds exactly one tile.
 // decode    Sequences with one query row, which has far too few lines to fill a GPU: every chunk of
 //           keys is reduced by a warp of its own (the lines are the query heads of the group) and its
-//           state goes to memory; `merge` then merges each head's states left to right. All bytes of
-//           a chunk are under way before any is used. Keys and values are read once for the group.
+//           state goes to memory; `merge` then merges each head's states left to right. A sequence of
+//           one chunk needs no merge. Keys and values are read once for the group, through a ring of
+//           three tiles: while a warp works on one, two are under way, from the first tile to the last.
 //
 // What a launch does is decided by the sequences in device memory; the grid follows from upper bounds,
 // and blocks without work leave at once. So a captured graph serves every step within the bounds. A
@@ -30,7 +31,7 @@ struct Paged {
     const bf16* v_cache;
     bf16* out;
     // Chunk states [sequence][q_heads][max_chunks] of one-row sequences: weighted values, and maximum
-    // and sum.
+    // and sum. Those of a sequence of one chunk are left out.
     float* values;
     float2* sums;
     uint32_t rows, max_q_len, max_context, page_count, cache_pages;
@@ -38,7 +39,7 @@ struct Paged {
     float scale_log2;
     Fault bad_q_len, bad_context, bad_q_start, bad_first_page, bad_page;
 
-    __device__ int max_chunks() const { return (max_context + KEYS - 1) / KEYS; }
+    __device__ int max_chunks() const { return (max_context + CHUNK_KEYS - 1) / CHUNK_KEYS; }
 
     // Places at which a run of `length` can start among `count`.
     __device__ static uint32_t starts(uint32_t count, uint64_t length) {
@@ -65,23 +66,25 @@ struct Paged {
     }
 };
 
-// Rows of the cache by chunk and place.
+// Rows of the cache by tile and place.
 struct PagedKeys {
     const Paged& call;
     uint32_t first_page;
-    int64_t row = -1;
+    // The first of the page; 31 bits count more rows than any memory holds.
+    int row = NONE;
+    static constexpr int NONE = INT32_MIN;
 
     __device__ PagedKeys(const Paged& call, uint32_t first_page) : call(call), first_page(first_page) {}
 
-    __device__ void prefetch(int chunk) {
-        const uint32_t page = call.pages[first_page + chunk];
-        row = static_cast<int64_t>(page) * KEYS;
+    __device__ void prefetch(int tile) {
+        const uint32_t page = call.pages[first_page + tile];
+        row = static_cast<int>(page * KEYS);
         if (page >= call.cache_pages) {
-            row = -1;
-            if (threadIdx.x == 0) dust_fault(call.bad_page, first_page + chunk, page, call.cache_pages);
+            row = NONE;
+            if (threadIdx.x == 0) dust_fault(call.bad_page, first_page + tile, page, call.cache_pages);
         }
     }
-    __device__ int64_t operator()(int, int i) const { return row < 0 ? -1 : row + i; }
+    __device__ int operator()(int, int i) const { return row + i; }
 };
 
 template <int D>
@@ -110,63 +113,82 @@ __device__ __forceinline__ void decode(const Paged& call) {
     const PagedSequence s = call.sequences[blockIdx.z];
     const int chunk = blockIdx.x, lane = threadIdx.x;
     if (s.q_len != 1 && s.q_len <= call.max_q_len) return;
-    if (!call.takes_part(blockIdx.z, s) || chunk * KEYS >= static_cast<int>(s.context)) return;
+    const int context = s.context;
+    if (!call.takes_part(blockIdx.z, s) || chunk * CHUNK_KEYS >= context) return;
     const int group = call.q_heads / call.kv_heads;
-    const int tiles = (group + WARP_LINES - 1) / WARP_LINES;
-    const int kv_head = blockIdx.y / tiles;
-    const int first = blockIdx.y % tiles * WARP_LINES;  // head of the group
+    const int groups = (group + WARP_LINES - 1) / WARP_LINES;
+    const int kv_head = blockIdx.y / groups;
+    const int first = blockIdx.y % groups * WARP_LINES;  // head of the group
     const int head = kv_head * group + first;
     const int heads = min(WARP_LINES, group - first);
-    const int count = min(KEYS, static_cast<int>(s.context) - chunk * KEYS);
+    const int count = min(CHUNK_KEYS, context - chunk * CHUNK_KEYS);
+    const int tiles = (count + KEYS - 1) / KEYS;
 
-    const uint32_t keys = shared_address(memory);
-    const uint32_t values = keys + TILE_BYTES<D>, queries = values + TILE_BYTES<D>;
+    // A tile's keys lie in place 2 tile % 3 of the ring, its values in the next.
+    const uint32_t ring = shared_address(memory), queries = ring + 3 * TILE_BYTES<D>;
     const bf16* q = call.qkv + s.q_start * static_cast<int64_t>(call.q_heads + 2 * call.kv_heads) * D;
-    load_tile<D, WARP_LINES, 32>(queries, [&](int i) { return i < heads ? q + (head + i) * D : nullptr; });
-    PagedKeys rows(call, s.first_page);
-    rows.prefetch(chunk);
-    const int64_t stride = call.kv_heads * D;
-    auto load = [&](const bf16* cache, uint32_t tile) {
-        load_tile<D, KEYS, 32>(tile, [&](int i) {
-            const int64_t row = i < count ? rows(chunk, i) : -1;
-            return row < 0 ? nullptr : cache + row * stride + kv_head * D;
-        });
+    const bf16* keys = call.k_cache + kv_head * D;
+    const bf16* values = call.v_cache + kv_head * D;
+    const int stride = call.kv_heads * D;
+    PagedKeys rows(call, s.first_page + chunk * CHUNK_TILES);
+    auto place = [&](int turn) { return ring + turn % 3 * TILE_BYTES<D>; };
+    auto load = [&](const bf16* cache, int tile, uint32_t to) {
+        if (tile < tiles) {
+            load_tile<D, KEYS, 32>(to, [&](int i) {
+                const int row = tile * KEYS + i < count ? rows(tile, i) : -1;
+                return Source{cache + static_cast<int64_t>(row) * stride, row >= 0};
+            });
+        }
         cp_async_commit();
     };
-    load(call.k_cache, keys);
-    load(call.v_cache, values);
-
+    load_tile<D, WARP_LINES, 32>(queries, [&](int i) { return Source{q + (head + i) * D, i < heads}; });
+    rows.prefetch(0);
+    load(keys, 0, place(0));
+    load(values, 0, place(1));
+    if (tiles > 1) rows.prefetch(1);
     cp_async_wait<1>();
     __syncwarp();
     uint32_t fragments[D / 16][4];
     load_fragments<D>(fragments, queries, 0);
-    ChunkState state;
-    const int sight[2] = {count, count};
-    reduce_chunk<D>(state, fragments, keys, call.scale_log2, sight);
-    cp_async_wait<0>();
-    __syncwarp();
-    auto index = [&](int line) {
-        return (static_cast<int64_t>(blockIdx.z) * call.q_heads + head + line) * call.max_chunks() + chunk;
-    };
-    const int low = lane / 4, high = low + 8;
-    float* to_low = call.values + index(low) * D + lane % 4 * 2;
-    float* to_high = call.values + index(high) * D + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < D / 16; n++) {
-        float fresh[2][4] = {};
-        weighted_values<D>(fresh, state, values, n);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int column = 16 * n + 8 * i;
-            if (low < heads)
-                *reinterpret_cast<float2*>(to_low + column) = make_float2(fresh[i][0], fresh[i][1]);
-            if (high < heads)
-                *reinterpret_cast<float2*>(to_high + column) = make_float2(fresh[i][2], fresh[i][3]);
-        }
+
+    State<D> state;
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; tile++) {
+        cp_async_wait<1>();
+        __syncwarp();
+        load(keys, tile + 1, place(2 * tile + 2));
+        const int left = count - tile * KEYS;
+        const int sight[2] = {left, left};
+        const Weights weights = weigh<D>(state, fragments, place(2 * tile), call.scale_log2, sight);
+        cp_async_wait<1>();
+        __syncwarp();
+        load(values, tile + 1, place(2 * tile + 3));
+        if (tile + 2 < tiles) rows.prefetch(tile + 2);
+        add_values<D>(state, weights, place(2 * tile + 1));
     }
-    if (lane % 4 == 0) {
-        if (low < heads) call.sums[index(low)] = make_float2(state.max[0], state.sum[0]);
-        if (high < heads) call.sums[index(high)] = make_float2(state.max[1], state.sum[1]);
+    state.add_lanes();
+
+    if (context <= CHUNK_KEYS) {
+        __syncwarp();
+        bf16* out = call.out + (static_cast<int64_t>(s.q_start) * call.q_heads + head) * D;
+        const float factor[2] = {1.0f / state.sum[0], 1.0f / state.sum[1]};
+        store_rows<D>(state.values, factor, ring,
+                      [&](int i) { return i < heads ? out + i * D : nullptr; });
+        return;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int line = lane / 4 + 8 * half;
+        if (line >= heads) continue;
+        const int64_t index =
+            (static_cast<int64_t>(blockIdx.z) * call.q_heads + head + line) * call.max_chunks() + chunk;
+        float* to = call.values + index * D + lane % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+            const float(&value)[4] = state.values[n];
+            *reinterpret_cast<float2*>(to + 8 * n) = make_float2(value[2 * half], value[2 * half + 1]);
+        }
+        if (lane % 4 == 0) call.sums[index] = make_float2(state.max[half], state.sum[half]);
     }
 }
 
@@ -177,13 +199,13 @@ __device__ __forceinline__ void merge(const Paged& call) {
     const int head = blockIdx.x * WARPS + threadIdx.x / WARP, lane = threadIdx.x % WARP;
     if (head >= call.q_heads) return;
     const PagedSequence s = call.sequences[blockIdx.y];
-    if (s.q_len != 1 || !call.takes_part(blockIdx.y, s)) return;
-    const int chunks = (static_cast<int>(s.context) + KEYS - 1) / KEYS;
+    if (s.q_len != 1 || s.context <= CHUNK_KEYS || !call.takes_part(blockIdx.y, s)) return;
+    const int chunks = (static_cast<int>(s.context) + CHUNK_KEYS - 1) / CHUNK_KEYS;
     const int64_t index = (static_cast<int64_t>(blockIdx.y) * call.q_heads + head) * call.max_chunks();
     const float2* sums = call.sums + index;
     const float* values = call.values + index * D + lane * 2;
-    float value[HELD] = {};
-    float max = -INFINITY, sum = 0.0f;
+    float value[HELD];
+    float max, sum;
     float2 held = {};
     for (int chunk = 0; chunk < chunks; chunk++) {
         // A lane loads the maximum and sum of every 32nd chunk, for the warp.
@@ -191,13 +213,23 @@ __device__ __forceinline__ void merge(const Paged& call) {
         if (from == 0 && chunk + lane < chunks) held = sums[chunk + lane];
         const float chunk_max = __shfl_sync(0xffffffff, held.x, from);
         const float chunk_sum = __shfl_sync(0xffffffff, held.y, from);
-        const Merge merge(max, sum, chunk_max, chunk_sum, true);
+        float fresh[HELD];
 #pragma unroll
         for (int i = 0; i < HELD; i += 2) {
-            const float2 fresh = *reinterpret_cast<const float2*>(values + chunk * D + i * WARP);
-            value[i] = merge(value[i], fresh.x);
-            value[i + 1] = merge(value[i + 1], fresh.y);
+            const float2 pair = *reinterpret_cast<const float2*>(values + chunk * D + i * WARP);
+            fresh[i] = pair.x;
+            fresh[i + 1] = pair.y;
         }
+        if (chunk == 0) {
+            max = chunk_max;
+            sum = chunk_sum;
+#pragma unroll
+            for (int i = 0; i < HELD; i++) value[i] = fresh[i];
+            continue;
+        }
+        const Merge merge(max, sum, chunk_max, chunk_sum, true);
+#pragma unroll
+        for (int i = 0; i < HELD; i++) value[i] = merge(value[i], fresh[i]);
     }
     const float factor = 1.0f / sum;
     bf16* out = call.out + (static_cast<int64_t>(s.q_start) * call.q_heads + head) * D + lane * 2;
@@ -210,11 +242,13 @@ __device__ __forceinline__ void merge(const Paged& call) {
 }  // namespace
 
 // Grid: (tiles of max_q_len rows, kv_heads, sequences).
-extern "C" __global__ void __launch_bounds__(128) attention_prefill_64(const __grid_constant__ Paged call) {
+extern "C" __global__ void __launch_bounds__(128, 3)
+    attention_prefill_64(const __grid_constant__ Paged call) {
     prefill<64>(call);
 }
 
-extern "C" __global__ void __launch_bounds__(128) attention_prefill_128(const __grid_constant__ Paged call) {
+extern "C" __global__ void __launch_bounds__(128, 2)
+    attention_prefill_128(const __grid_constant__ Paged call) {
     prefill<128>(call);
 }
 

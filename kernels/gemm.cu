@@ -14,7 +14,8 @@
 
 // Tiles of A100 and H100 (164 and 228 KiB of shared memory a multiprocessor).
 using Large = Tile<128, 128, 32, 4, 2, 4>;  // 64 KiB: two blocks of 8 warps, 64 sums a thread
-using Small = Tile<16, 64, 64, 4, 1, 4>;    // 40 KiB: decoding; 5 KiB a warp under way
+using Middle = Tile<64, 64, 64, 4, 2, 2>;   // 64 KiB: decoding of many; 32 sums a thread
+using Small = Tile<16, 64, 64, 4, 1, 4>;    // 40 KiB: decoding of few; 5 KiB a warp under way
 
 // kernels
 
@@ -73,6 +74,12 @@ extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
     linear<Large>(x, w, bias, y, rows, inputs, outputs);
 }
 
+extern "C" __global__ void __launch_bounds__(Middle::THREADS)
+    linear_middle(const bf16* x, const bf16* w, const float* bias, bf16* y, int rows, int inputs,
+                 int outputs) {
+    linear<Middle>(x, w, bias, y, rows, inputs, outputs);
+}
+
 extern "C" __global__ void __launch_bounds__(Small::THREADS)
     linear_small(const bf16* x, const bf16* w, const float* bias, bf16* y, int rows, int inputs,
                  int outputs) {
@@ -82,6 +89,11 @@ extern "C" __global__ void __launch_bounds__(Small::THREADS)
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
     linear_dx_large(const bf16* dy, const bf16* w, bf16* dx, int rows, int inputs, int outputs) {
     linear_dx<Large>(dy, w, dx, rows, inputs, outputs);
+}
+
+extern "C" __global__ void __launch_bounds__(Middle::THREADS)
+    linear_dx_middle(const bf16* dy, const bf16* w, bf16* dx, int rows, int inputs, int outputs) {
+    linear_dx<Middle>(dy, w, dx, rows, inputs, outputs);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS)

@@ -19,7 +19,10 @@
 #include "softmax.cuh"
 
 using Large = Tile<128, 128, 32, 4, 2, 4>;  // 64 KiB; its four warps along n have a group of 32 tokens each
-using Small = Tile<16, 64, 64, 4, 1, 4>;    // 40 KiB: decoding
+// Decoding, of many and of few. Twice as wide as those of linear layers, for a vocabulary has columns enough
+// to go round: every tile reads the hidden states again.
+using Middle = Tile<64, 128, 32, 4, 2, 2>;  // 48 KiB
+using Small = Tile<16, 128, 64, 4, 1, 4>;   // 72 KiB
 static_assert(Large::BN == UNIT && Large::NI == 4, "a warp's columns are a group, a tile's a unit");
 
 // The rows of a backward chunk: those of `active` from `first` on, at most `most`.
@@ -259,6 +262,11 @@ __device__ __forceinline__ void write_logits(const bf16* x, const bf16* head, fl
 extern "C" __global__ void __launch_bounds__(Large::THREADS, 2)
     logits_large(const bf16* x, const bf16* head, float* logits, int rows, int hidden, int vocab) {
     write_logits<Large>(x, head, logits, rows, hidden, vocab);
+}
+
+extern "C" __global__ void __launch_bounds__(Middle::THREADS)
+    logits_middle(const bf16* x, const bf16* head, float* logits, int rows, int hidden, int vocab) {
+    write_logits<Middle>(x, head, logits, rows, hidden, vocab);
 }
 
 extern "C" __global__ void __launch_bounds__(Small::THREADS)

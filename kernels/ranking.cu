@@ -6,7 +6,9 @@
 //
 // rewards  A warp owns a ranking of up to 64 items, two a lane.
 // losses   A block owns a list. All lanes of a warp look at the same item at a time, so that shared
-//          memory is read by broadcast, and meet before they store. An order that is no permutation is noted and its list left alone.
+//          memory is read by broadcast, and meet before they store. An order that is no permutation is
+//          noted and its list left alone. Device memory is read and written in the order of items; by rank
+//          they are gathered in shared memory.
 
 #include "wide.cuh"
 
@@ -50,15 +52,19 @@ extern "C" __global__ void __launch_bounds__(RANKINGS* WARP)
     labels += (size_t)ranking * items;
     float* ranked = shared[warp][0];
     float* ideal = shared[warp][1];
+    // Two labels a lane, loaded side by side and handed from lane to lane.
+    const float low = lane < items ? labels[lane] : 0.f;
+    const float high = lane + WARP < items ? labels[lane + WARP] : 0.f;
     unsigned long long seen = 0;
     bool inside = true;
-    for (int rank = lane; rank < items; rank += WARP) {
-        const unsigned item = order[rank];
-        if (item < items) {
-            ranked[rank] = labels[item];
-            seen |= 1ull << item;
-        } else {
-            inside = false;
+    for (int first = 0; first < items; first += WARP) {
+        const int rank = first + lane;
+        const unsigned item = rank < items ? order[rank] : 0;
+        const float a = __shfl_sync(0xffffffffu, low, item % WARP);
+        const float b = __shfl_sync(0xffffffffu, high, item % WARP);
+        if (rank < items) {
+            ranked[rank] = item < WARP ? a : b;
+            if (item < items) seen |= 1ull << item; else inside = false;
         }
     }
     const int different = __popc(__reduce_or_sync(0xffffffffu, (unsigned)seen)) +
@@ -102,17 +108,22 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     plackett_luce_loss(int items, float weight, const float* scores, const unsigned* order,
                        Fault outside, Fault repeated, float* loss, float* dscores) {
     __shared__ double scratch[THREADS / WARP];
-    // By rank: one over the sum of the suffix, its largest score, the score; then a bit an item.
+    // By rank: one over the sum of the suffix, its largest score, the score, the item; by item: the score,
+    // later its gradient; then a bit an item.
     extern __shared__ double share[];
     float* top = reinterpret_cast<float*>(share + items);
     float* score = top + items;
-    unsigned* seen = reinterpret_cast<unsigned*>(score + items);
+    unsigned* item_at = reinterpret_cast<unsigned*>(score + items);
+    float* of_item = reinterpret_cast<float*>(item_at + items);
+    unsigned* seen = reinterpret_cast<unsigned*>(of_item + items);
     const size_t list = (size_t)blockIdx.x * items;
     for (int i = threadIdx.x; i < div_ceil(items, 32); i += THREADS) seen[i] = 0;
+    for (int i = threadIdx.x; i < items; i += THREADS) of_item[i] = scores[list + i];
     __syncthreads();
     bool good = true;
     for (int rank = threadIdx.x; rank < items; rank += THREADS) {
         const unsigned item = order[list + rank];
+        item_at[rank] = item;
         if (item >= items) {
             dust_fault(outside, list + rank, item, items);
             good = false;
@@ -120,7 +131,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             dust_fault(repeated, list + item, 2, 2);
             good = false;
         } else {
-            score[rank] = scores[list + item];
+            score[rank] = of_item[item];
         }
     }
     if (!__syncthreads_and(good)) return;
@@ -149,8 +160,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             if (k <= rank && rank < items)
                 gradient += exp((double)score[rank] - (double)top[k]) * share[k];
         __syncwarp();
-        if (rank < items) dscores[list + order[list + rank]] = (float)((double)weight * gradient);
+        if (rank < items) of_item[item_at[rank]] = (float)((double)weight * gradient);
     }
+    __syncthreads();
+    for (int i = threadIdx.x; i < items; i += THREADS) dscores[list + i] = of_item[i];
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

@@ -2,26 +2,12 @@
 //
 // The first kernel is the one pass over the logits that plain sampling needs: it reduces each unit of 128
 // tokens to its state, on all processors at once. softmax.cuh gives the order, which is that of logprob's
-// kernels, so that a token's log-probability has the bits of training. The second has a block a row: it merges
-// the states; plain sampling then looks for the drawn unit among their masses and reads that unit again.
-//
-// Masses are counted in fixed point, 2^-42 of the most probable token's. Integers add up to the same sum in any
-// order: threads may add to a histogram as they come, and a cumulative sum reaches its total exactly.
-//
-// Top-k and top-p keep a prefix of the tokens in falling order, equal ones in rising order of tokens. Where it
-// ends is found by radix selection: an f32 maps to an integer of the same order; three passes, over 11, 11 and
-// 10 of its bits from the top, make histograms of the number and the mass of the tokens that share the bits
-// found so far, and the end lies in the first bin, from the top, at which the sum reaches what is asked for.
-// (Duane Merrill's radix selection, with masses.) The first digit holds the sign, the exponent and two bits of
-// the fraction, so that logits spread over many bins and few lanes of a warp meet in one.
-// Then each warp walks a run of tokens in order, and the one in whose run the draw lies walks it again.
-#include "softmax.cuh"
-
-constexpr int THREADS = FINISH_THREADS, WARPS = THREADS / WARP;
-constexpr int STEP = UNIT;        // tokens that a warp reads at once, four a lane
-constexpr int BINS = 1 << 11;     // of a histogram: 24 KiB with masses
-constexpr float ONE = 1ull << 42;  // the mass of the most probable token
-using Mass = unsigned long long;
+// kernels, so that a token's log-probability has the bits of training. The second has a block a row, which
+// takes the states to shared memory and merges them. Plain sampling then looks for the drawn unit among their
+// masses and reads that unit again. With filters, selection.cuh finds where they end, from the units that
+// matter; then each warp walks a run of those units in order, and the one in whose run the draw lies walks it
+// again.
+#include "selection.cuh"
 
 // As in src/sampling.rs.
 struct RowSampling {
@@ -34,34 +20,6 @@ struct RowSampling {
 __device__ __forceinline__ float inverse_of(const RowSampling& params) {
     return params.temperature == 0.f ? 1.f : __fdiv_rn(1.f, params.temperature);
 }
-
-// A row of z, with negative infinity behind its end.
-struct Row {
-    const float* logits;
-    int vocab;
-    float inverse;
-
-    __device__ __forceinline__ float4 four(int token) const {
-        float4 l = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
-        if (vocab % 4 == 0) {
-            // Then rows are aligned to 16 bytes.
-            if (token < vocab) l = *reinterpret_cast<const float4*>(logits + token);
-        } else {
-            if (token < vocab) l.x = logits[token];
-            if (token + 1 < vocab) l.y = logits[token + 1];
-            if (token + 2 < vocab) l.z = logits[token + 2];
-            if (token + 3 < vocab) l.w = logits[token + 3];
-        }
-        // Negative infinity times the inverse stays what it is.
-        return make_float4(scaled(l.x, inverse), scaled(l.y, inverse), scaled(l.z, inverse),
-                           scaled(l.w, inverse));
-    }
-
-    __device__ __forceinline__ float at(int token) const { return scaled(logits[token], inverse); }
-};
-
-__device__ __forceinline__ Mass to_mass(float e) { return static_cast<Mass>(__fmul_rn(e, ONE)); }
-__device__ __forceinline__ Mass mass_of(float z, float max) { return to_mass(exp_negative(below(z, max))); }
 
 // Philox4x32-10 (Salmon et al. 2011): a number in [0, 1) with 53 random bits.
 __device__ __forceinline__ double uniform(const RowSampling& params) {
@@ -87,171 +45,24 @@ __device__ __forceinline__ Mass point(double share, Mass total) {
     return at < total ? at : total - 1;
 }
 
-// Sum of the lanes before this one; `total` becomes that of all.
-template <typename T>
-__device__ __forceinline__ T warp_before(T x, T& total) {
-    const int lane = threadIdx.x % WARP;
-    T sum = x;
-#pragma unroll
-    for (int step = 1; step < WARP; step *= 2) {
-        const T other = __shfl_up_sync(0xffffffffu, sum, step);
-        if (lane >= step) sum += other;
-    }
-    total = __shfl_sync(0xffffffffu, sum, WARP - 1);
-    return sum - x;
-}
-
-// Likewise of the threads of the block. `scratch` is free again after the caller's next barrier.
-template <typename T>
-__device__ __forceinline__ T block_before(T x, T& total, T (&scratch)[WARPS]) {
-    const int warp = threadIdx.x / WARP;
-    T of_warp;
-    T before = warp_before(x, of_warp);
-    if (threadIdx.x % WARP == 0) scratch[warp] = of_warp;
-    __syncthreads();
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-        if (w < warp) before += scratch[w];
-        total += scratch[w];
-    }
-    return before;
-}
-
-// Where a prefix of the falling order ends: it holds what has a greater key and the first `ties` tokens that
-// have this one. Key 0 is below every logit's.
-struct End {
-    unsigned key, ties;
-    bool all_ties;
-};
-
-// Integers in the order of floats. Zero has two signs and one value.
-__device__ __forceinline__ unsigned key_of(float z) {
-    const unsigned bits = __float_as_uint(__fadd_rn(z, 0.f));
-    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-}
-
-struct Histogram {
-    unsigned count[BINS];
-    Mass mass[BINS];
-    unsigned count_scratch[WARPS];
-    Mass mass_scratch[WARPS];
-    // What the thread that finds the bin tells the others.
-    unsigned bin, count_above, count_in;
-    Mass mass_above, mass_in;
-};
-
-// The shortest prefix that holds `count` tokens or the share `top_p` of the mass `total`, or of the row's
-// where `total` is 0. `mass` becomes what it holds.
-__device__ __forceinline__ End prefix_end(Histogram& h, const Row& row, float max, unsigned count,
-                                          double top_p, Mass total, Mass& mass) {
-    unsigned found = 0, count_above = 0;
-    Mass mass_above = 0, target = 0;
-#pragma unroll 1
-    for (int pass = 0; pass < 3; pass++) {
-        const int low = pass == 0 ? 21 : pass == 1 ? 10 : 0, bits = pass == 2 ? 10 : 11;
-        for (int i = threadIdx.x; i < BINS; i += THREADS) h.count[i] = 0, h.mass[i] = 0;
-        __syncthreads();
-        const auto add = [&](float z) {
-            const unsigned key = key_of(z);
-            if (pass > 0 && key >> (low + bits) != found) return;
-            const unsigned bin = key >> low & ((1u << bits) - 1);
-            atomicAdd(&h.count[bin], 1u);
-            atomicAdd(&h.mass[bin], mass_of(z, max));
-        };
-        for (int token = threadIdx.x * 4; token < row.vocab; token += THREADS * 4) {
-            const float4 z = row.four(token);
-            add(z.x);
-            if (token + 1 < row.vocab) add(z.y);
-            if (token + 2 < row.vocab) add(z.z);
-            if (token + 3 < row.vocab) add(z.w);
-        }
-        __syncthreads();
-        // A thread has a run of bins, the first thread the topmost. It adds them from a place of its own
-        // on, so that lanes meet in few banks.
-        constexpr int RUN = BINS / THREADS;
-        const int top = BINS - 1 - static_cast<int>(threadIdx.x) * RUN;
-        unsigned count_of_run = 0, all_count;
-        Mass mass_of_run = 0, all_mass;
-#pragma unroll
-        for (int i = 0; i < RUN; i++) {
-            const int bin = top - (i + threadIdx.x) % RUN;
-            count_of_run += h.count[bin];
-            mass_of_run += h.mass[bin];
-        }
-        unsigned count_before = count_above + block_before(count_of_run, all_count, h.count_scratch);
-        Mass mass_before = mass_above + block_before(mass_of_run, all_mass, h.mass_scratch);
-        if (pass == 0) {
-            const Mass whole = total > 0 ? total : all_mass;
-            const double share = top_p * static_cast<double>(whole);
-            // The most probable token is always kept.
-            target = top_p >= 1.0 ? ~0ull : share < 1.0 ? 1 : min(static_cast<Mass>(ceil(share)), whole);
-        }
-        const auto reached = [&](unsigned c, Mass m) { return c >= count || m >= target; };
-        if (!reached(count_before, mass_before) &&
-            reached(count_before + count_of_run, mass_before + mass_of_run)) {
-            int bin = top;
-            while (!reached(count_before + h.count[bin], mass_before + h.mass[bin])) {
-                count_before += h.count[bin];
-                mass_before += h.mass[bin];
-                bin--;
-            }
-            h.bin = bin;
-            h.count_above = count_before;
-            h.mass_above = mass_before;
-            h.count_in = h.count[bin];
-            h.mass_in = h.mass[bin];
-        }
-        __syncthreads();
-        found = found << bits | h.bin;
-        count_above = h.count_above;
-        mass_above = h.mass_above;
-    }
-    // The last bin holds equal tokens.
-    const unsigned equal = h.count_in;
-    const Mass each = h.mass_in / equal;
-    unsigned ties = min(equal, count - count_above);
-    if (target - mass_above <= h.mass_in)
-        ties = min(ties, static_cast<unsigned>((target - mass_above + each - 1) / each));
-    mass = mass_above + ties * each;
-    return {found, ties, ties == equal};
-}
-
-// Which tokens the filters keep.
+// Which tokens the filters keep: `low` is the last key of top-k and top-p.
 struct Kept {
-    End end;
+    Key low;
     float min_p, max;
 
-    // Mass of a token if it is kept, `rank` equal ones before it.
-    __device__ __forceinline__ Mass mass(float z, unsigned rank) const {
-        const unsigned key = key_of(z);
+    // Mass of a token if it is kept.
+    __device__ __forceinline__ Mass mass(float z, int token) const {
         const float e = exp_negative(below(z, max));
-        const bool in = key > end.key || (key == end.key && (end.all_ties || rank < end.ties));
-        return in && (e >= min_p || z == max) ? to_mass(e) : 0;
+        return key_of(z, token) >= low && (e >= min_p || z == max) ? to_mass(e) : 0;
     }
 };
 
-// The masses of this lane's four tokens, and what the lanes before hold. `rank` counts the ties that the
-// warp has passed.
+// The masses of this lane's four tokens.
 struct Four {
     Mass at[4];
-    __device__ __forceinline__ Four(const Row& row, const Kept& kept, int token, unsigned& rank) {
-        const float4 four = row.four(token);
-        const float z[4] = {four.x, four.y, four.z, four.w};
-        unsigned mine = rank;
-        if (!kept.end.all_ties) {
-            unsigned ties = 0, all;
-#pragma unroll
-            for (int i = 0; i < 4; i++) ties += token + i < row.vocab && key_of(z[i]) == kept.end.key;
-            mine += warp_before(ties, all);
-            rank += all;
-        }
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            at[i] = token + i < row.vocab ? kept.mass(z[i], mine) : 0;
-            if (key_of(z[i]) == kept.end.key) mine++;
-        }
-    }
+    __device__ __forceinline__ Four(const Kept& kept, int token, float4 z)
+        : at{kept.mass(z.x, token), kept.mass(z.y, token + 1), kept.mass(z.z, token + 2),
+             kept.mass(z.w, token + 3)} {}
     __device__ __forceinline__ Mass sum() const { return at[0] + at[1] + at[2] + at[3]; }
 };
 
@@ -264,11 +75,16 @@ __device__ __forceinline__ void pick(const Four& four, int token, Mass at, unsig
     *chosen = token + i;
 }
 
+// What the warps before this one hold; `scratch` becomes what each holds.
+__device__ __forceinline__ Mass of_warps_before(Mass of_lane, Mass& total, Mass (&scratch)[WARPS]) {
+    return __shfl_sync(0xffffffffu, block_before(of_lane, total, scratch), 0);
+}
+
 // kernels
 
 // Eight lanes reduce a unit: lane l has the quarters 2 (l % 2) and 2 (l % 2) + 1 of group l / 2.
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sampling_states(const float* logits, const RowSampling* params, float4* states, int vocab, int units) {
+    sampling_states(const float* logits, const RowSampling* params, float2* states, int vocab, int units) {
     const int lane = threadIdx.x % 8, unit = blockIdx.y * (THREADS / 8) + threadIdx.x / 8;
     const Row row{logits + static_cast<size_t>(blockIdx.x) * vocab, vocab, inverse_of(params[blockIdx.x])};
     const int token = unit * UNIT + lane / 2 * 32 + lane % 2 * 4;
@@ -291,21 +107,26 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
     const Sums sums = (quarter[0] + quarter[1]).with_lane(1).with_lane(2).with_lane(4);
     if (lane == 0 && unit < units)
-        states[static_cast<size_t>(blockIdx.x) * units + unit] = unit_state(max, sums);
+        states[static_cast<size_t>(blockIdx.x) * units + unit] = make_float2(max, sums.sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    sampling_draw(const float* logits, const RowSampling* params, const float4* states, unsigned* tokens,
+    sampling_draw(const float* logits, const RowSampling* params, const float2* states, unsigned* tokens,
                   float* logprob, float* kept_mass, int vocab, int units) {
-    __shared__ Histogram histogram;
+    extern __shared__ float of_units[];
+    __shared__ Selection selection;
     __shared__ unsigned chosen, chosen_unit;
     __shared__ Mass warp_mass[WARPS], inside, of_unit;
-    __shared__ unsigned warp_ties[WARPS];
     const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
     const RowSampling setting = params[blockIdx.x];
-    const Row row{logits + static_cast<size_t>(blockIdx.x) * vocab, vocab, inverse_of(setting)};
-    states += static_cast<size_t>(blockIdx.x) * units;
-    const LogSumExp all = finish(states, units);
+    const Row row{logits + static_cast<size_t>(blockIdx.x) * vocab, vocab, inverse_of(setting),
+                  {of_units, of_units + units}, units};
+    for (int u = threadIdx.x; u < units; u += THREADS) {
+        const float2 state = states[static_cast<size_t>(blockIdx.x) * units + u];
+        row.units.max[u] = state.x;
+        row.units.sum[u] = state.y;
+    }
+    const LogSumExp all = finish(row.units, units);
 
     const bool valid = setting.temperature >= 0.f && setting.temperature < INFINITY &&
                        setting.top_p == setting.top_p && setting.min_p == setting.min_p &&
@@ -318,16 +139,19 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
         return;
     }
+    // From here on, a unit's sum is relative to the row's greatest.
+    for (int u = threadIdx.x; u < units; u += THREADS)
+        row.units.sum[u] = __fmul_rn(row.units.sum[u], exp_negative(below(row.units.max[u], all.max)));
+    if (threadIdx.x == 0) chosen_unit = units, chosen = ~0u;
+    __syncthreads();
     const bool top_k = setting.top_k > 0 && setting.top_k < static_cast<unsigned>(vocab);
     const bool top_p = setting.top_p < 1.f, min_p = setting.min_p > 0.f;
     float share = 1.f;
 
     if (setting.temperature == 0.f) {
         // The first unit that holds the greatest z, and the first place in it.
-        if (threadIdx.x == 0) chosen_unit = units, chosen = ~0u;
-        __syncthreads();
         for (int u = threadIdx.x; u < units; u += THREADS)
-            if (states[u].x == all.max) {
+            if (row.units.max[u] == all.max) {
                 atomicMin(&chosen_unit, static_cast<unsigned>(u));
                 break;
             }
@@ -340,89 +164,73 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 atomicMin(&chosen, static_cast<unsigned>(token + at));
         }
     } else if (!(top_k || top_p || min_p)) {
-        // A thread has a run of units.
-        const auto mass_of_unit = [&](int u) {
-            const float4 state = states[u];
-            return to_mass(__fmul_rn(state.y, exp_negative(below(state.x, all.max))));
-        };
-        const int run = div_ceil(units, THREADS);
-        const int first = threadIdx.x * run, last = min(units, first + run);
-        Mass of_run = 0, total;
-        for (int u = first; u < last; u++) of_run += mass_of_unit(u);
-        Mass before = block_before(of_run, total, warp_mass);
+        // A warp has a run of units.
+        const int run = div_ceil(units, WARPS), first = warp * run, last = min(units, first + run);
+        Mass of_lane = 0, total;
+        for (int u = first + lane; u < last; u += WARP) of_lane += to_mass(row.units.sum[u]);
+        Mass before = of_warps_before(of_lane, total, warp_mass);
         const Mass at = point(uniform(setting), total);
-        if (before <= at && at < before + of_run) {
-            int u = first;
-            Mass mass = mass_of_unit(u);
-            while (at >= before + mass) {
-                before += mass;
-                mass = mass_of_unit(++u);
+        if (before <= at && at < before + warp_mass[warp])
+            for (int u = first + lane; before <= at; u += WARP) {
+                const Mass mass = u < last ? to_mass(row.units.sum[u]) : 0;
+                Mass of_step;
+                const Mass here = before + warp_before(mass, of_step);
+                if (here <= at && at < here + mass) {
+                    chosen_unit = u;
+                    inside = at - here;
+                    of_unit = mass;
+                }
+                before += of_step;
             }
-            chosen_unit = u;
-            inside = at - before;
-            of_unit = mass;
-        }
         __syncthreads();
         if (warp == 0) {
             // Within the unit, masses are relative to its greatest.
-            const Kept everything{{0, 0, true}, 0.f, states[chosen_unit].x};
             const int token = chosen_unit * UNIT + lane * 4;
-            unsigned rank = 0;
-            const Four four(row, everything, token, rank);
+            const Four four({0, 0.f, row.units.max[chosen_unit]}, token, row.four(token));
             Mass sum;
             warp_before(four.sum(), sum);
             pick(four, token, point(static_cast<double>(inside) / static_cast<double>(of_unit), sum), &chosen);
         }
     } else {
-        Kept kept{{0, 0, true}, min_p ? fminf(setting.min_p, 1.f) : 0.f, all.max};
-        Mass mass = 0;
-        if (top_k) kept.end = prefix_end(histogram, row, all.max, setting.top_k, 1.0, 0, mass);
-        if (top_p) kept.end = prefix_end(histogram, row, all.max, ~0u, setting.top_p, mass, mass);
+        const float least = min_p ? fminf(setting.min_p, 1.f) : 0.f;
+        Selector selector(selection, row, all.max);
+        // Top-p needs the mass of all that top-k keeps. A little less than top-p may drop: the states' masses
+        // are rounded.
+        const double spare = top_p ? all.sum * ((1.0 - setting.top_p) * 0.999 - 4e-6) : 0.0;
+        const float floor = top_k ? selector.floor(setting.top_k, 0, 0.f)
+                                  : selector.floor(0, spare > 0.0 ? static_cast<Mass>(spare * ONE) : 0, least);
+        Span span{least_key(floor), key_of(all.max, 0), {0, 0}, {0, 0}};
+        if (top_k) {
+            selector.find(span, {setting.top_k, ~0ull});
+            span = {span.low, key_of(all.max, 0), {0, 0}, span.prefix()};
+        }
+        if (top_p) {
+            const double goal = setting.top_p * (top_k ? static_cast<double>(span.within.mass) : all.sum * ONE);
+            // The most probable token is always kept.
+            selector.find(span, {~0u, goal < 1.0 ? 1 : static_cast<Mass>(ceil(goal))});
+        }
 
-        const int run = div_ceil(div_ceil(vocab, STEP), WARPS) * STEP;
-        const int first = warp * run, last = min(vocab, first + run);
-        unsigned rank = 0;
-        if (!kept.end.all_ties) {
-            // How many ties the warps before have.
-            unsigned ties = 0, of_warp;
-            for (int step = first; step < last; step += STEP) {
-                const float4 four = row.four(step + lane * 4);
-                const float z[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    ties += step + lane * 4 + i < vocab && key_of(z[i]) == kept.end.key;
-            }
-            warp_before(ties, of_warp);
-            if (lane == 0) warp_ties[warp] = of_warp;
-            __syncthreads();
-            for (int w = 0; w < warp; w++) rank += warp_ties[w];
-        }
-        Mass of_lane = 0, of_warp, total = 0, before = 0;
-        unsigned passed = rank;
-        for (int step = first; step < last; step += STEP)
-            of_lane += Four(row, kept, step + lane * 4, passed).sum();
-        warp_before(of_lane, of_warp);
-        if (lane == 0) warp_mass[warp] = of_warp;
-        __syncthreads();
-        for (int w = 0; w < WARPS; w++) {
-            if (w < warp) before += warp_mass[w];
-            total += warp_mass[w];
-        }
+        const Kept kept{span.low, least, all.max};
+        Mass of_lane = 0, total;
+        row.each(z_of(kept.low), [&](int token, float4 z) {
+            of_lane += Four(kept, token, z).sum();
+            return false;
+        });
+        Mass before = of_warps_before(of_lane, total, warp_mass);
         share = fminf(1.f, static_cast<float>(static_cast<double>(total) / (all.sum * ONE)));
         const Mass at = point(uniform(setting), total);
-        if (before <= at && at < before + of_warp) {
-            passed = rank;
-            for (int step = first; step < last; step += STEP) {
-                const Four four(row, kept, step + lane * 4, passed);
+        if (before <= at && at < before + warp_mass[warp])
+            row.each(z_of(kept.low), [&](int token, float4 z) {
+                const Four four(kept, token, z);
                 Mass of_step;
                 warp_before(four.sum(), of_step);
                 if (at < before + of_step) {
-                    pick(four, step + lane * 4, at - before, &chosen);
-                    break;
+                    pick(four, token, at - before, &chosen);
+                    return true;
                 }
                 before += of_step;
-            }
-        }
+                return false;
+            });
     }
     __syncthreads();
     if (threadIdx.x == 0) {

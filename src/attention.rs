@@ -1,10 +1,10 @@
 //! Causal grouped-query attention over packed sequences, in the flash style (Dao et al. 2022,
 //! arXiv 2205.14135): the scores are never stored, only each row's log-sum-exp.
 //!
-//! **One canonical reduction.** A query's keys are cut into chunks of [`CHUNK`] from position 0 of
-//! its sequence. Each chunk is reduced from a fresh state (maximum, sum, weighted values) and chunk
-//! states are merged left to right. Prefill, decode from pages, shared prefixes and training all
-//! follow it, so that a token's output has the same bits on every path.
+//! **One canonical reduction.** A query's keys are cut into chunks from position 0 of its sequence:
+//! 64 on the CPU, 256 with CUDA. Each chunk is reduced from a fresh state (maximum, sum, weighted
+//! values) and chunk states are merged left to right. Prefill, decode from pages, shared prefixes
+//! and training all follow it, so that a token's output has the same bits on every path.
 
 mod check;
 
@@ -14,8 +14,8 @@ pub(crate) use check::{
 
 use crate::{Device, Error, Result};
 
-/// Keys of one chunk of the canonical reduction, and tokens of a page of the key/value cache.
-pub const CHUNK: usize = 64;
+/// Tokens of a page of the key/value cache.
+pub const PAGE: usize = 64;
 
 /// The heads of an attention layer. Rows of queries, keys and values are packed:
 /// `[rows, q_heads + 2 * kv_heads, head_dim]`, queries first, then keys, then values.
@@ -98,7 +98,7 @@ pub struct PagedSequence {
     pub q_len: u32,
     /// Tokens in the cache for it, those of this call included.
     pub context: u32,
-    /// Where its run of page numbers begins in `pages`; it has `ceil(context / CHUNK)` of them.
+    /// Where its run of page numbers begins in `pages`; it has `ceil(context / PAGE)` of them.
     pub first_page: u32,
 }
 
@@ -170,7 +170,7 @@ pub trait Attention: Device {
     ) -> Result<()>;
 
     /// Copies the keys and values of `rows` packed rows to their slots of the cache; slot
-    /// `page * CHUNK + place`. The caches are `[pages, CHUNK, kv_heads, head_dim]`.
+    /// `page * PAGE + place`. The caches are `[pages, PAGE, kv_heads, head_dim]`.
     ///
     /// # Errors
     /// Short buffers, a slot outside of the cache.

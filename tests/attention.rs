@@ -1,11 +1,11 @@
 //! Attention against an f64 reference, and the equality of its paths to the bit.
 
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
-use dust_kernels::cpu::{CpuBuf, Level};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
+use dust_kernels::cpu::Level;
 use dust_kernels::{Cpu, Device, Error, Result};
 use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
-use reference::{Results, heads, naive_f32, naive_f64, scale, segment};
+use reference::{Cache, Results, heads, naive_f32, naive_f64, scale, segment};
 
 #[path = "reference/attention.rs"]
 mod reference;
@@ -256,72 +256,6 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_batch() {
     }
 }
 
-/// A key/value cache with scattered pages, full of NaN where nothing was written.
-struct Cache {
-    heads: Heads,
-    k: CpuBuf<f32>,
-    v: CpuBuf<f32>,
-    pages: CpuBuf<u32>,
-    per_sequence: usize,
-}
-
-impl Cache {
-    fn new(cpu: &Cpu, heads: Heads, sequences: usize, tokens: usize) -> Self {
-        let per_sequence = tokens.div_ceil(CHUNK);
-        let count = sequences * per_sequence;
-        // Page numbers backwards, so that no sequence's pages are in order.
-        let pages: Vec<u32> = (0..count as u32).rev().collect();
-        let stale = vec![f32::NAN; count * CHUNK * heads.kv_width()];
-        Self {
-            heads,
-            k: cpu.upload(&stale).unwrap(),
-            v: cpu.upload(&stale).unwrap(),
-            pages: cpu.upload(&pages).unwrap(),
-            per_sequence,
-        }
-    }
-
-    /// Writes rows of a call and attends: `(sequence, first token, tokens)` one after the other.
-    fn call(&mut self, cpu: &Cpu, calls: &[(usize, usize, usize)], qkv: &[f32]) -> Vec<f32> {
-        let h = self.heads;
-        let mut slots = Vec::new();
-        let mut sequences = Vec::new();
-        for &(sequence, first, len) in calls {
-            let first_page = sequence * self.per_sequence;
-            sequences.push(PagedSequence {
-                q_start: slots.len() as u32,
-                q_len: len as u32,
-                context: (first + len) as u32,
-                first_page: first_page as u32,
-            });
-            slots.extend((first..first + len).map(|token| {
-                self.pages[first_page + token / CHUNK] * CHUNK as u32 + (token % CHUNK) as u32
-            }));
-        }
-        let rows = slots.len();
-        let (q_lens, contexts) = (
-            sequences.iter().map(|s| s.q_len as usize),
-            sequences.iter().map(|s| s.context as usize),
-        );
-        let batch = PagedBatch {
-            sequences: &cpu.upload(&sequences).unwrap(),
-            count: sequences.len(),
-            rows,
-            max_q_len: q_lens.max().unwrap_or(0),
-            max_context: contexts.max().unwrap_or(0),
-            pages: &self.pages,
-        };
-        let slots = cpu.upload(&slots).unwrap();
-        let qkv = cpu.upload(qkv).unwrap();
-        cpu.cache_write(rows, h, &qkv, &slots, &mut self.k, &mut self.v)
-            .unwrap();
-        let mut out = cpu.zeros(rows * h.out_width()).unwrap();
-        cpu.attention_paged(h, scale(h), batch, &qkv, &self.k, &self.v, &mut out)
-            .unwrap();
-        cpu.download(&out).unwrap()
-    }
-}
-
 #[test]
 fn training_shared_prefix_prefill_and_decode_have_the_same_bits() {
     let (prefix, answers) = (75, [70, 1, 58]);
@@ -362,7 +296,7 @@ fn training_shared_prefix_prefill_and_decode_have_the_same_bits() {
                 assert_eq!(bits(&packed), want(answer), "{h:?} packed");
 
                 let mut prefill = Cache::new(&cpu, h, 1, 200);
-                let out = prefill.call(&cpu, &[(0, 0, total)], &sequence);
+                let out = prefill.call(&[(0, 0, total)], &sequence, 0);
                 assert_eq!(bits(&out), want(answer), "{h:?} prefill");
 
                 let mut pieces = Cache::new(&cpu, h, 1, 200);
@@ -370,15 +304,15 @@ fn training_shared_prefix_prefill_and_decode_have_the_same_bits() {
                 for first in (0..total).step_by(29) {
                     let len = 29.min(total - first);
                     out.extend(pieces.call(
-                        &cpu,
                         &[(0, first, len)],
                         &sequence[first * w..][..len * w],
+                        0,
                     ));
                 }
                 assert_eq!(bits(&out), want(answer), "{h:?} prefill in pieces");
 
                 let first = &sequence[..5 * w];
-                decoded[answer].extend(cache.call(&cpu, &[(answer, 0, 5)], first));
+                decoded[answer].extend(cache.call(&[(answer, 0, 5)], first, 0));
             }
             // Token by token, all answers together in one batch of falling size.
             for token in 5..prefix + 70 {
@@ -394,7 +328,7 @@ fn training_shared_prefix_prefill_and_decode_have_the_same_bits() {
                         rows.extend(row_range(row, 1));
                     }
                 }
-                let out = cache.call(&cpu, &calls, &rows);
+                let out = cache.call(&calls, &rows, token % 3);
                 for (call, out) in calls.iter().zip(out.chunks(o)) {
                     decoded[call.0].extend(out);
                 }
@@ -469,8 +403,8 @@ fn refuses_what_breaks_the_rules() {
 fn paged_calls_refuse_what_breaks_the_rules() {
     let cpu = Cpu::with_threads(1);
     let h = heads(4, 2, 8);
-    let mut k = cpu.zeros(2 * CHUNK * h.kv_width()).unwrap();
-    let mut v = cpu.zeros(2 * CHUNK * h.kv_width()).unwrap();
+    let mut k = cpu.zeros(2 * PAGE * h.kv_width()).unwrap();
+    let mut v = cpu.zeros(2 * PAGE * h.kv_width()).unwrap();
     let qkv = cpu.zeros(3 * h.qkv_width()).unwrap();
     for (slots, ok) in [([0, 127, 64], true), ([0, 128, 64], false)] {
         let slots = cpu.upload(&slots).unwrap();

@@ -10,10 +10,10 @@ mod common {
 mod reference;
 
 use common::cuda::*;
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
-use dust_kernels::{Buffer, Cpu, Cuda, Device, Error, Result};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
+use dust_kernels::{Cpu, Cuda, Device, Error, Result};
 use half::bf16;
-use reference::{Results, heads, naive_f64, scale, segment};
+use reference::{Cache, Results, heads, naive_f64, scale, segment};
 
 /// Both passes, on outputs that are full of `fill` before; on either back end.
 fn run<D: Device + Attention>(
@@ -120,7 +120,12 @@ fn covered(segments: &[Segment], row: usize) -> bool {
 #[test]
 fn agrees_with_f64_and_the_cpu_under_every_schedule() {
     let (rows, segments) = awkward();
-    for_each_schedule(|name, cuda| check(cuda, name, rows, heads(3, 1, 64), &segments));
+    // Two chunks of keys: 256 and 4.
+    let long = [segment(0, 260, 0, 0)];
+    for_each_schedule(|name, cuda| {
+        check(cuda, name, rows, heads(3, 1, 64), &segments);
+        check(cuda, name, 260, heads(1, 1, 64), &long);
+    });
 }
 
 #[test]
@@ -129,8 +134,13 @@ fn agrees_with_f64_and_the_cpu_on_other_heads() {
     with_cuda(|cuda, _| {
         check(cuda, "serial", rows, heads(2, 2, 128), &segments);
         check(cuda, "serial", rows, heads(4, 2, 64), &segments);
-        let long = [segment(0, 200, 0, 0), segment(200, 3, 0, 193)];
-        check(cuda, "long", 203, heads(2, 1, 128), &long);
+        // Three chunks of keys, the second and third begun by prefixes.
+        let long = [
+            segment(0, 514, 0, 0),
+            segment(514, 3, 0, 513),
+            segment(517, 70, 0, 250),
+        ];
+        check(cuda, "long", 587, heads(1, 1, 128), &long);
     });
 }
 
@@ -192,73 +202,6 @@ fn a_sequence_has_the_same_bits_alone_and_in_a_batch() {
             assert_eq!(bits(&alone.1), bits(lse));
             assert_eq!(bits(&alone.2), bits(&batch.2[start * w..][..len * w]));
         });
-    }
-}
-
-/// A key/value cache with scattered pages, full of NaN where nothing was written.
-struct Cache<'a> {
-    cuda: &'a Cuda,
-    heads: Heads,
-    k: dust_kernels::cuda::CudaBuffer<bf16>,
-    v: dust_kernels::cuda::CudaBuffer<bf16>,
-    pages: Vec<u32>,
-    per_sequence: usize,
-}
-
-impl<'a> Cache<'a> {
-    fn new(cuda: &'a Cuda, heads: Heads, sequences: usize, tokens: usize) -> Self {
-        let per_sequence = tokens.div_ceil(CHUNK);
-        let count = sequences * per_sequence;
-        let stale = vec![bf16::NAN; count * CHUNK * heads.kv_width()];
-        Self {
-            cuda,
-            heads,
-            k: up(cuda, &stale),
-            v: up(cuda, &stale),
-            // Page numbers backwards, so that no sequence's pages are in order.
-            pages: (0..count as u32).rev().collect(),
-            per_sequence,
-        }
-    }
-
-    /// Writes rows of a call and attends: `(sequence, first token, tokens)` one after the other,
-    /// in a launch that has room for `spare` more of everything.
-    fn call(&mut self, calls: &[(usize, usize, usize)], qkv: &[bf16], spare: usize) -> Vec<bf16> {
-        let (cuda, h) = (self.cuda, self.heads);
-        let mut slots = Vec::new();
-        let mut sequences = Vec::new();
-        for &(sequence, first, len) in calls {
-            let first_page = sequence * self.per_sequence;
-            sequences.push(PagedSequence {
-                q_start: slots.len() as u32,
-                q_len: len as u32,
-                context: (first + len) as u32,
-                first_page: first_page as u32,
-            });
-            slots.extend((first..first + len).map(|token| {
-                self.pages[first_page + token / CHUNK] * CHUNK as u32 + (token % CHUNK) as u32
-            }));
-        }
-        let most = |of: fn(&PagedSequence) -> u32| sequences.iter().map(of).max().unwrap() as usize;
-        let (max_q_len, max_context) = (most(|s| s.q_len), most(|s| s.context));
-        let rows = slots.len();
-        // Sequences without queries, which a batch that is not full ends in.
-        sequences.resize(sequences.len() + spare, PagedSequence::default());
-        let batch = PagedBatch {
-            sequences: &up(cuda, &sequences),
-            count: sequences.len(),
-            rows,
-            max_q_len: max_q_len + spare,
-            max_context: max_context + 64 * spare,
-            pages: &up(cuda, &self.pages),
-        };
-        let (qkv, slots) = (up(cuda, qkv), up(cuda, &slots));
-        cuda.cache_write(rows, h, &qkv, &slots, &mut self.k, &mut self.v)
-            .unwrap();
-        let mut out = cuda.zeros(rows * h.out_width()).unwrap();
-        cuda.attention_paged(h, scale(h), batch, &qkv, &self.k, &self.v, &mut out)
-            .unwrap();
-        cuda.download(&out).unwrap()
     }
 }
 
@@ -338,11 +281,56 @@ fn paths_agree(cuda: &Cuda, what: &str, h: Heads, prefix: usize, answers: &[usiz
 
 #[test]
 fn training_shared_prefix_prefill_and_decode_have_the_same_bits() {
-    for_each_schedule(|name, cuda| paths_agree(cuda, name, heads(3, 1, 64), 62, &[5, 1]));
+    for_each_schedule(|name, cuda| {
+        // Across the end of a tile, and of a chunk.
+        paths_agree(cuda, name, heads(3, 1, 64), 62, &[5, 1]);
+        paths_agree(cuda, name, heads(1, 1, 64), 254, &[5, 1]);
+    });
     with_cuda(|cuda, _| {
         paths_agree(cuda, "serial", heads(4, 2, 128), 127, &[3, 4]);
+        paths_agree(cuda, "serial", heads(2, 1, 128), 511, &[3, 2]);
         // More heads than an mma has lines.
         paths_agree(cuda, "serial", heads(18, 1, 64), 64, &[2]);
+        paths_agree(cuda, "serial", heads(18, 1, 64), 257, &[1]);
+    });
+}
+
+/// A sequence of two query rows after a random cache, and its last row alone.
+#[test]
+fn a_long_context_decodes_to_the_bits_of_prefill() {
+    with_cuda(|cuda, _| {
+        let h = heads(2, 1, 64);
+        // 33 chunks: a lane of the merging warp looks after two.
+        let longest = 32 * 256 + 70_usize;
+        let pages = longest.div_ceil(PAGE);
+        let cached = pages * PAGE * h.kv_width();
+        let (k, v) = (up(cuda, &random(1, cached)), up(cuda, &random(2, cached)));
+        let qkv = up(cuda, &random(3, 2 * h.qkv_width()));
+        let table: Vec<u32> = (0..pages as u32).rev().collect();
+        let table = up(cuda, &table);
+        for context in [255, 256, 257, 320, 321, 512, 513, longest] {
+            let last_row = |q_start: u32| {
+                let sequence = PagedSequence {
+                    q_start,
+                    q_len: 2 - q_start,
+                    context: context as u32,
+                    first_page: 0,
+                };
+                let batch = PagedBatch {
+                    sequences: &up(cuda, &[sequence]),
+                    count: 1,
+                    rows: 2,
+                    max_q_len: 2,
+                    max_context: longest,
+                    pages: &table,
+                };
+                let mut out = cuda.zeros(2 * h.out_width()).unwrap();
+                cuda.attention_paged(h, scale(h), batch, &qkv, &k, &v, &mut out)
+                    .unwrap();
+                bits(&cuda.download(&out).unwrap()[h.out_width()..])
+            };
+            assert!(last_row(1) == last_row(0), "{context}");
+        }
     });
 }
 
@@ -394,7 +382,7 @@ fn paged(cuda: &Cuda, sequence: (u32, u32, u32, u32), pages: &[u32]) -> Result<(
         pages: &up(cuda, pages),
     };
     let qkv = up(cuda, &vec![bf16::ONE; 3 * h.qkv_width()]);
-    let cache = up(cuda, &vec![bf16::ONE; 2 * CHUNK * h.kv_width()]);
+    let cache = up(cuda, &vec![bf16::ONE; 2 * PAGE * h.kv_width()]);
     let mut out = cuda.zeros(3 * h.out_width())?;
     cuda.attention_paged(h, 1.0, batch, &qkv, &cache, &cache, &mut out)?;
     cuda.download(&out)?;
@@ -411,6 +399,7 @@ fn bad_indices_are_reported_and_memory_is_left_alone() {
         for (sequence, name, at, value, limit) in [
             ((0, 1, 64, 2), "pages", 2, 2, 2),
             ((0, 2, 129, 0), "pages", 2, 2, 2),
+            ((0, 1, 129, 0), "pages", 2, 2, 2),
             ((0, 1, 129, 1), "first_page", 1, 1, 1),
             ((0, 1, 1, u32::MAX), "first_page", 1, u32::MAX as usize, 3),
             ((0, 1, 130, 0), "context", 1, 130, 130),
@@ -433,8 +422,8 @@ fn bad_indices_are_reported_and_memory_is_left_alone() {
 
         let h = heads(2, 1, 64);
         let qkv = up(cuda, &vec![bf16::ONE; 3 * h.qkv_width()]);
-        let mut k = cuda.zeros(2 * CHUNK * h.kv_width()).unwrap();
-        let mut v = cuda.zeros(2 * CHUNK * h.kv_width()).unwrap();
+        let mut k = cuda.zeros(2 * PAGE * h.kv_width()).unwrap();
+        let mut v = cuda.zeros(2 * PAGE * h.kv_width()).unwrap();
         let slots = up(cuda, &[0u32, 128, 127]);
         cuda.cache_write(3, h, &qkv, &slots, &mut k, &mut v)
             .unwrap();
@@ -468,15 +457,16 @@ fn a_captured_decode_serves_later_steps() {
     with_cuda(|cuda, _| {
         let h = heads(2, 1, 64);
         let qkv = up(cuda, &random(1, 2 * h.qkv_width()));
-        let cache = up(cuda, &random(2, 4 * CHUNK * h.kv_width()));
-        let pages = up(cuda, &[3u32, 1, 0, 2]);
+        // Six pages a sequence: up to two chunks.
+        let cache = up(cuda, &random(2, 12 * PAGE * h.kv_width()));
+        let pages = up(cuda, &[3u32, 1, 10, 0, 2, 8, 5, 11, 4, 9, 7, 6]);
         let mut sequences = cuda.zeros(2).unwrap();
         let step = |contexts: [u32; 2]| {
             let sequence = |i: usize| PagedSequence {
                 q_start: i as u32,
                 q_len: 1,
                 context: contexts[i],
-                first_page: 2 * i as u32,
+                first_page: 6 * i as u32,
             };
             [sequence(0), sequence(1)]
         };
@@ -486,13 +476,13 @@ fn a_captured_decode_serves_later_steps() {
                 count: 2,
                 rows: 2,
                 max_q_len: 1,
-                max_context: 2 * CHUNK,
+                max_context: 6 * PAGE,
                 pages: &pages,
             };
             cuda.attention_paged(h, scale(h), batch, &qkv, &cache, &cache, out)
                 .unwrap();
         };
-        let steps = [step([1, 64]), step([65, 128]), step([100, 3])];
+        let steps = [[1, 64], [65, 384], [257, 128], [256, 300], [100, 3]].map(step);
         let want = steps.map(|step| {
             cuda.write(&mut sequences, 0, &step).unwrap();
             let mut out = cuda.zeros(2 * h.out_width()).unwrap();
@@ -576,50 +566,46 @@ fn multiply_adds_are_in_mma_and_memory_is_used_well() {
 #[test]
 fn decode_moves_the_least_bytes() {
     with_cuda(|cuda, emulator| {
-        for head_dim in [64, 128] {
-            let h = heads(2, 1, head_dim);
-            let (count, context) = (3, 192);
-            let cache = random(1, count * context * h.kv_width());
-            let cache = up(cuda, &cache);
-            let pages: Vec<u32> = (0..(count * context / CHUNK) as u32).collect();
-            let sequences: Vec<_> = (0..count as u32)
-                .map(|i| PagedSequence {
-                    q_start: i,
-                    q_len: 1,
-                    context: context as u32,
-                    first_page: i * 3,
-                })
-                .collect();
+        // Seven query heads to a key/value head, as Qwen2.5-0.5B has, have the most states.
+        let shapes = [heads(7, 1, 64), heads(6, 2, 64), heads(7, 1, 128)];
+        for (h, context) in shapes
+            .map(|h| [(h, 100_usize), (h, 512), (h, 700)])
+            .concat()
+        {
+            let (count, pages) = (2, context.div_ceil(PAGE));
+            let cached = count * pages * PAGE * h.kv_width();
+            let (k, v) = (up(cuda, &random(1, cached)), up(cuda, &random(2, cached)));
+            let table: Vec<u32> = (0..(count * pages) as u32).collect();
+            let sequence = |i: usize| PagedSequence {
+                q_start: i as u32,
+                q_len: 1,
+                context: context as u32,
+                first_page: (i * pages) as u32,
+            };
             let batch = PagedBatch {
-                sequences: &up(cuda, &sequences),
+                sequences: &up(cuda, &[sequence(0), sequence(1)]),
                 count,
                 rows: count,
                 max_q_len: 1,
                 max_context: context,
-                pages: &up(cuda, &pages),
+                pages: &up(cuda, &table),
             };
-            let qkv = up(cuda, &random(2, count * h.qkv_width()));
+            let qkv = up(cuda, &random(3, count * h.qkv_width()));
             let mut out = cuda.zeros(count * h.out_width()).unwrap();
             let reports = reports_of(emulator, || {
-                cuda.attention_paged(h, scale(h), batch, &qkv, &cache, &cache, &mut out)
+                cuda.attention_paged(h, scale(h), batch, &qkv, &k, &v, &mut out)
             });
-            let names: Vec<_> = reports.iter().map(|r| r.kernel.as_str()).collect();
-            assert_eq!(
-                names,
-                [
-                    format!("attention_decode_{head_dim}"),
-                    format!("attention_merge_{head_dim}")
-                ]
-            );
-            // Keys and values once, queries once a chunk, and the chunk states.
-            let chunks = count * context / CHUNK;
-            let states = chunks * h.q_heads * 4 * (head_dim + 2);
-            let caches = 2 * 2 * count * context * h.kv_width();
-            let queries = chunks * 2 * h.out_width();
-            Costs::memory_bound(caches + queries + states).check("decode", &reports[..1]);
-            Costs::memory_bound(states + 2 * out.len()).check("merge", &reports[1..]);
+            let names = ["attention_decode", "attention_merge"];
+            let names = names.map(|name| format!("{name}_{}", h.head_dim));
+            let found: Vec<_> = reports.iter().map(|r| r.kernel.as_str()).collect();
+            assert_eq!(found, names);
+            // Keys and values, queries and outputs, sequences and page numbers once.
+            let rows = count * (2 * context * h.kv_width() + 2 * h.out_width());
+            let least = 2 * rows + count * (16 + 4 * pages);
+            let what = format!("decode of {context}, {h:?}");
+            Costs::memory_bound(least).check(&what, &reports);
             let counters = &reports[0].counters;
-            assert!(counters.flops * 10 < counters.mma_flops);
+            assert!(counters.flops * 10 < counters.mma_flops, "{what}");
         }
     });
 }

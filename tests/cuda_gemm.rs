@@ -69,8 +69,8 @@ fn check(cuda: &Cuda, what: &str, shape: (usize, usize, usize)) {
 #[test]
 fn agrees_with_f64_under_every_schedule() {
     for_each_schedule(|what, cuda| {
-        // One step, then more steps than stages; of the small tile and of the large one.
-        for shape in [(3, 8, 16), (18, 328, 72), (70, 168, 136)] {
+        // One step, then more steps than stages; of each tile.
+        for shape in [(3, 8, 16), (9, 328, 72), (18, 328, 72), (70, 168, 136)] {
             check(cuda, what, shape);
         }
     });
@@ -123,11 +123,12 @@ fn two_runs_give_the_same_bits() {
 #[test]
 fn a_row_does_not_depend_on_its_batch() {
     for_each_schedule(|what, cuda| {
-        // 66 rows take the large tile, fewer the small one, whose steps are twice as long.
-        let (rows, inputs, outputs) = (66, 232, 104);
+        // The large tile against both others, at the row counts between which the tile changes. The
+        // steps of the large one are half as long.
+        let (rows, inputs, outputs) = (130, 232, 104);
         let case = Case::new((rows, inputs, outputs), 4);
         let all = run(cuda, &case).bits();
-        for (first, count) in [(65, 1), (3, 17)] {
+        for (first, count) in [(129, 1), (3, 16), (3, 17), (63, 64), (65, 65)] {
             let mut part = Case::new((count, inputs, outputs), 4);
             part.w.clone_from(&case.w);
             part.bias.clone_from(&case.bias);
@@ -136,7 +137,8 @@ fn a_row_does_not_depend_on_its_batch() {
             let part = run(cuda, &part).bits();
             for (i, width) in [outputs, inputs].into_iter().enumerate() {
                 let alone = &part[i][..];
-                assert!(alone == &all[i][first * width..][..count * width], "{what}");
+                let want = &all[i][first * width..][..count * width];
+                assert!(alone == want, "{count} rows, {what}");
             }
         }
     });
@@ -145,7 +147,7 @@ fn a_row_does_not_depend_on_its_batch() {
 #[test]
 fn longer_buffers_keep_what_lies_behind_the_shape() {
     with_cuda(|cuda, _| {
-        for rows in [5, 70] {
+        for rows in [5, 20, 70] {
             let case = Case::new((rows, 24, 40), 5);
             let (x, w) = (up(cuda, &halves(&case.x)), up(cuda, &halves(&case.w)));
             let dy = up(cuda, &halves(&case.dy));
@@ -176,7 +178,7 @@ fn empty_dimensions_are_sums_of_nothing() {
             outputs,
         };
         let bias = up(cuda, &[1f32, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
-        for rows in [2, 70] {
+        for rows in [2, 20, 70] {
             let mut y = up(cuda, &vec![bf16::NAN; rows * 8]);
             cuda.linear(shape(rows, 0, 8), &empty, none, Some(&bias), &mut y)
                 .unwrap();
@@ -253,10 +255,16 @@ fn every_product_is_in_mma_and_memory_is_used_well() {
             assert_eq!(reports[0].counters.flops, outside);
         }
 
-        // Decoding: bound by reading the weights.
-        let shape = LinearShape { rows: 4, ..shape };
-        let mut y = cuda.zeros(4 * 256).unwrap();
-        let decode = reports_of(emulator, || cuda.linear(shape, &x, weight, None, &mut y));
-        Costs::memory_bound(2 * n + 2 * 2 * 4 * 256).check("linear of 4 rows", &decode);
+        // Decoding: bound by reading the weights. Of 64 rows, each column of tiles reads the
+        // activations again.
+        for (rows, reads) in [(8, 1), (64, 4)] {
+            let shape = LinearShape { rows, ..shape };
+            let mut y = cuda.zeros(rows * 256).unwrap();
+            let least = 2 * n + 2 * (reads + 1) * rows * 256;
+            let forward = reports_of(emulator, || cuda.linear(shape, &x, weight, None, &mut y));
+            Costs::memory_bound(least).check("linear of few rows", &forward);
+            let dx = reports_of(emulator, || cuda.linear_dx(shape, &x, weight, &mut y));
+            Costs::memory_bound(least).check("linear_dx of few rows", &dx);
+        }
     });
 }

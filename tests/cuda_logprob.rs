@@ -183,14 +183,17 @@ fn logits_have_the_bits_of_the_fused_head() {
         // A vocabulary of one token: its logit is the log-sum-exp.
         let case = Case::new((70, 232, 1), 1.0, 9).in_bf16();
         let lse = run(cuda, &case).0[1].clone();
-        for rows in [1, 17, 70] {
+        for rows in [1, 16, 17, 64, 65, 70] {
             assert_eq!(logits(cuda, &case, rows), lse[..rows], "{what}");
         }
-        // Both tiles, rows that are and are not aligned.
+        // Every tile, rows that are and are not aligned.
         for vocab in [132, 77] {
             let case = Case::new((66, 40, vocab), 1.0, 10).in_bf16();
             let all = logits(cuda, &case, 66);
-            assert!(logits(cuda, &case, 5)[..] == all[..5 * vocab], "{what}");
+            for rows in [5, 16, 17, 64, 65] {
+                let part = logits(cuda, &case, rows);
+                assert!(part[..] == all[..rows * vocab], "{rows} rows, {what}");
+            }
             let (x, w) = (wide(&case.x), wide(&case.head));
             let dot = |i: usize| -> f64 {
                 let (r, v) = (i / vocab * 40, i % vocab * 40);
@@ -389,11 +392,14 @@ fn every_product_is_in_mma_and_memory_is_used_well() {
         let rest = 2 * rows * vocab + 8 * rows * hidden + 8 * vocab * hidden + 6 * rows * hidden;
         costs(tiles + rest).check("logprob_backward", &backward);
 
-        // Decoding: bound by reading the head.
-        let shape = HeadShape { rows: 4, ..shape };
-        let mut logits = cuda.zeros(4 * vocab).unwrap();
-        let decode = reports_of(emulator, || cuda.logits(shape, &x, head, &mut logits));
-        let least = 2 * vocab * hidden + 2 * 4 * hidden + 4 * 4 * vocab;
-        Costs::memory_bound(least).check("logits of 4 rows", &decode);
+        // Decoding: bound by reading the head. Of 64 rows, each of the two columns of tiles reads
+        // the hidden states.
+        for (rows, reads) in [(8, 1), (64, 2)] {
+            let shape = HeadShape { rows, ..shape };
+            let mut logits = cuda.zeros(rows * vocab).unwrap();
+            let decode = reports_of(emulator, || cuda.logits(shape, &x, head, &mut logits));
+            let least = 2 * vocab * hidden + 2 * reads * rows * hidden + 4 * rows * vocab;
+            Costs::memory_bound(least).check("logits of few rows", &decode);
+        }
     });
 }

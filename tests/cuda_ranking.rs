@@ -257,25 +257,14 @@ fn costs_are_bounded() {
             let kind = RankingReward::PairwiseAccuracy;
             cuda.ranking_reward(lists, items, kind, 0.0, &order, &y, &mut loss)
         });
-        // What is gathered in the order of a ranking touches each sector of the list twice.
-        let costs = Costs {
-            sectors: 0.6,
-            ..Costs::memory_bound(8 * n + 4 * lists)
-        };
-        costs.check("ranking_reward", &reports);
+        Costs::memory_bound(8 * n + 4 * lists).check("ranking_reward", &reports);
         let reports = reports_of(emulator, || {
             cuda.pairwise_logistic_loss(lists, items, 1.0, &scores, &y, &mut loss, &mut d)
         });
         Costs::memory_bound(12 * n + 4 * lists).check("pairwise_logistic_loss", &reports);
-        // The order is read again for the gradients, a short list's from the cache.
-        let costs = Costs {
-            bytes: 1.4,
-            sectors: 0.6,
-            ..Costs::memory_bound(12 * n + 4 * lists)
-        };
         let reports = reports_of(emulator, || {
             cuda.plackett_luce_loss(lists, items, 1.0, &scores, &order, &mut loss, &mut d)
         });
-        costs.check("plackett_luce_loss", &reports);
+        Costs::memory_bound(12 * n + 4 * lists).check("plackett_luce_loss", &reports);
     });
 }

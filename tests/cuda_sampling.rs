@@ -3,11 +3,14 @@
 
 mod common {
     pub mod cuda;
+    #[allow(dead_code)]
+    pub mod workloads;
 }
 #[path = "reference/sampling.rs"]
 mod reference;
 
 use common::cuda::{Costs, for_each_schedule, reports_of, up, with_cuda};
+use common::workloads::zipf;
 use dust_kernels::logprob::{HeadShape, Logprob};
 use dust_kernels::sampling::{RowSampling, Sampling};
 use dust_kernels::{Cpu, Cuda, Device, Error, Weight};
@@ -287,30 +290,68 @@ fn short_buffers_and_endless_vocabularies_are_refused() {
 }
 
 #[test]
-fn plain_sampling_reads_the_logits_once() {
+fn more_tokens_than_a_list_holds_are_narrowed_down() {
+    with_cuda(|cuda, _| {
+        let vocab = 7001;
+        let filter = |top_k, top_p| RowSampling {
+            top_k,
+            top_p,
+            ..Default::default()
+        };
+        let some = numbered([
+            filter(0, 0.9),
+            filter(0, 0.3),
+            filter(3000, 1.0),
+            filter(5000, 0.7),
+            // The tail beyond top-p is too small for what the units' states tell.
+            filter(0, 0.999_999),
+        ]);
+        for logits in shapes(vocab) {
+            check(cuda, "narrowed", &logits, &some);
+        }
+        // Equal tokens are told apart by their numbers alone.
+        let equal = vec![0.25; vocab];
+        let (tokens, _, kept) = sample(cuda, vocab, &equal.repeat(40), &[filter(2500, 1.0); 40]);
+        assert!(tokens.iter().all(|&t| t < 2500));
+        assert!((kept[0] - 2500.0 / 7001.0).abs() < 1e-6);
+    });
+}
+
+#[test]
+fn sampling_reads_the_logits_once() {
     with_cuda(|cuda, emulator| {
-        let (rows, vocab) = (4, 8192);
-        let logits = up(cuda, &random(1, rows * vocab, 4.0));
-        let params = up(cuda, &numbered([RowSampling::default(); 4]));
-        let mut tokens = cuda.zeros(rows).unwrap();
-        let [mut logprob, mut kept] = [(); 2].map(|()| cuda.zeros(rows).unwrap());
-        let reports = reports_of(emulator, || {
-            cuda.sample(
-                rows,
-                vocab,
-                &logits,
-                &params,
-                &mut tokens,
-                &mut logprob,
-                &mut kept,
-            )
-        });
-        assert_eq!(reports.len(), 2);
-        let least = 4 * rows * vocab;
-        Costs::memory_bound(least).check("sampling_states", &reports[..1]);
-        // The draw reads the states and one unit of each row.
-        let drawn = &reports[1].counters;
-        assert!(drawn.global_load_unique_bytes < least as u64 / 4);
-        assert_eq!(drawn.local_bytes, 0);
+        let (rows, vocab) = (2, 151_936);
+        let logits = up(cuda, &zipf(rows, vocab));
+        let plain = RowSampling::default();
+        let top_p = RowSampling {
+            top_p: 0.95,
+            ..plain
+        };
+        // With top-p, a fifth of the units hold a kept token here; these are read twice more.
+        for (filter, bytes) in [
+            (plain, 1.1),
+            (RowSampling { top_k: 20, ..top_p }, 1.1),
+            (top_p, 1.5),
+        ] {
+            let params = up(cuda, &numbered([filter; 2]));
+            let mut tokens = cuda.zeros(rows).unwrap();
+            let [mut logprob, mut kept] = [(); 2].map(|()| cuda.zeros(rows).unwrap());
+            let reports = reports_of(emulator, || {
+                cuda.sample(
+                    rows,
+                    vocab,
+                    &logits,
+                    &params,
+                    &mut tokens,
+                    &mut logprob,
+                    &mut kept,
+                )
+            });
+            let costs = Costs {
+                bytes,
+                ..Costs::memory_bound(rows * (4 * vocab + 32 + 12))
+            };
+            costs.check(&format!("{filter:?}"), &reports);
+        }
     });
 }

@@ -231,6 +231,22 @@ fn a_removed_barrier_is_a_race_under_every_schedule() {
 }
 
 #[test]
+fn a_lane_may_write_what_it_alone_has_read_since_the_barrier() {
+    let body = |offset: &str| {
+        format!(
+            "st.shared.u32 [%r5], %r2; ld.shared.u32 %r7, [%r5]; bar.sync 0;
+             {offset} ld.shared.u32 %r8, [%r6]; st.shared.u32 [%r5], %r8;"
+        )
+    };
+    let own = "mov.u32 %r6, %r5;";
+    for threads in [32, 128] {
+        clean(&run(&body(own), threads));
+        let found = run(&body(REVERSED), threads);
+        assert!(found.iter().any(unordered), "{threads}: {found:?}");
+    }
+}
+
+#[test]
 fn overwriting_before_others_have_read_is_a_race() {
     let body = |second: &str| {
         format!(

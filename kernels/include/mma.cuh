@@ -16,6 +16,10 @@
 // bf16 elements of a chunk.
 constexpr int CHUNK = 8;
 
+// The bits of a chunk's place that the row permutes.
+template <int COLUMNS>
+constexpr int PERMUTED = COLUMNS / CHUNK >= 8 ? 7 : COLUMNS / CHUNK - 1;
+
 // Where chunk `chunk` of row `row` lies in a tile [rows][COLUMNS], in bytes.
 template <int COLUMNS>
 __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
@@ -23,8 +27,19 @@ __device__ __forceinline__ uint32_t chunk_offset(int row, int chunk) {
     static_assert(CHUNKS == 2 || CHUNKS == 4 || CHUNKS % 8 == 0, "rows of 32, 64 or n x 128 bytes");
     // Rows shorter than all 32 banks share them: only every second or fourth row moves on.
     constexpr int SHARE = CHUNKS >= 8 ? 1 : 8 / CHUNKS;
-    constexpr int MASK = CHUNKS >= 8 ? 7 : CHUNKS - 1;
-    return static_cast<uint32_t>(row * CHUNKS + (chunk ^ (row / SHARE & MASK))) * 16;
+    return static_cast<uint32_t>(row * CHUNKS + (chunk ^ (row / SHARE & PERMUTED<COLUMNS>))) * 16;
+}
+
+// The address of chunk (lane_row, lane_chunk) of the fragment at (row, column) of a tile aligned to 128
+// bytes; `row` is a multiple of 8, `column` of 16. The permutation then is that of `lane_row`, and `column`
+// flips bits of an address that all columns have in common: a fragment costs one instruction and no
+// register that outlives it.
+template <int COLUMNS>
+__device__ __forceinline__ uint32_t fragment_address(uint32_t tile, int row, int column, int lane_row,
+                                                     int lane_chunk) {
+    const uint32_t chunk = column / CHUNK, flipped = chunk & PERMUTED<COLUMNS>;
+    return ((tile + chunk_offset<COLUMNS>(lane_row, lane_chunk)) ^ flipped * 16) + (chunk - flipped) * 16 +
+           row * COLUMNS * 2;
 }
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -77,30 +92,29 @@ __device__ __forceinline__ void mma(float (&c)[4], const uint32_t (&a)[4], uint3
 template <int COLUMNS>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], uint32_t tile, int row, int column) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(a, tile + chunk_offset<COLUMNS>(row + lane % 16, column / CHUNK + lane / 16));
+    ldmatrix_x4(a, fragment_address<COLUMNS>(tile, row, column, lane % 16, lane / 16));
 }
 
 // The 16 x 16 fragment of A whose tile is stored [k][m]: (row, column) count k and m.
 template <int COLUMNS>
 __device__ __forceinline__ void load_a_trans(uint32_t (&a)[4], uint32_t tile, int row, int column) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4_trans(a, tile + chunk_offset<COLUMNS>(row + lane % 8 + lane / 16 * 8,
-                                                      column / CHUNK + lane / 8 % 2));
+    ldmatrix_x4_trans(
+        a, fragment_address<COLUMNS>(tile, row, column, lane % 8 + lane / 16 * 8, lane / 8 % 2));
 }
 
 // Two 16 x 8 fragments of B, side by side along n, of a tile stored [n][k]: {b[0], b[1]} is the first.
 template <int COLUMNS>
 __device__ __forceinline__ void load_b(uint32_t (&b)[4], uint32_t tile, int row, int column) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4(b, tile + chunk_offset<COLUMNS>(row + lane % 8 + lane / 16 * 8,
-                                                column / CHUNK + lane / 8 % 2));
+    ldmatrix_x4(b, fragment_address<COLUMNS>(tile, row, column, lane % 8 + lane / 16 * 8, lane / 8 % 2));
 }
 
 // Likewise, of a tile stored [k][n]: (row, column) count k and n.
 template <int COLUMNS>
 __device__ __forceinline__ void load_b_trans(uint32_t (&b)[4], uint32_t tile, int row, int column) {
     const int lane = threadIdx.x % 32;
-    ldmatrix_x4_trans(b, tile + chunk_offset<COLUMNS>(row + lane % 16, column / CHUNK + lane / 16));
+    ldmatrix_x4_trans(b, fragment_address<COLUMNS>(tile, row, column, lane % 16, lane / 16));
 }
 
 // Two f32 as bf16, rounded to nearest even; `low` is the first in memory.

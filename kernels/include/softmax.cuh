@@ -71,11 +71,14 @@ struct LogSumExp {
     float max;      // the greatest z
     double sum;     // of e^(z - max)
     float lse;      // ln sum e^z
-    float entropy;  // in nats
+    float entropy;  // in nats, or 0
 };
 
-// Of a row whose units' states lie side by side. All threads of a block of 256 call it and get the same.
-__device__ __forceinline__ LogSumExp finish(const float4* states, int units) {
+// Of a row with these states of units: unit_state's, or (max, sum) where no entropy is asked for, which is then
+// 0. All threads of a block of 256 call it and get the same; thread i looks at the units i, i + 256, ... only.
+template <class States>
+__device__ __forceinline__ LogSumExp finish(const States& states, int units) {
+    constexpr bool WEIGHTED = sizeof(states[0]) == sizeof(float4);
     constexpr int WARPS = FINISH_THREADS / WARP;
     __shared__ float warp_maxima[WARPS];
     __shared__ double warp_sums[WARPS][2];
@@ -91,30 +94,31 @@ __device__ __forceinline__ LogSumExp finish(const float4* states, int units) {
 
     double sum = 0, weighted = 0;
     for (int u = threadIdx.x; u < units; u += FINISH_THREADS) {
-        const float4 state = states[u];
+        const auto state = states[u];
         const float d = below(state.x, max);
         const double factor = exp_negative(d);
         sum = __fma_rn(factor, static_cast<double>(state.y), sum);
-        weighted = __fma_rn(factor, __fma_rn(static_cast<double>(d), static_cast<double>(state.y),
-                                             static_cast<double>(state.z)), weighted);
+        if constexpr (WEIGHTED)
+            weighted = __fma_rn(factor, __fma_rn(static_cast<double>(d), static_cast<double>(state.y),
+                                                 static_cast<double>(state.z)), weighted);
     }
 #pragma unroll
     for (int step = WARP / 2; step > 0; step /= 2) {
         sum = __dadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
-        weighted = __dadd_rn(weighted, __shfl_xor_sync(0xffffffffu, weighted, step));
+        if constexpr (WEIGHTED) weighted = __dadd_rn(weighted, __shfl_xor_sync(0xffffffffu, weighted, step));
     }
     if (threadIdx.x % WARP == 0) {
         warp_sums[warp][0] = sum;
-        warp_sums[warp][1] = weighted;
+        if constexpr (WEIGHTED) warp_sums[warp][1] = weighted;
     }
     __syncthreads();
     sum = weighted = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
         sum = __dadd_rn(sum, warp_sums[w][0]);
-        weighted = __dadd_rn(weighted, warp_sums[w][1]);
+        if constexpr (WEIGHTED) weighted = __dadd_rn(weighted, warp_sums[w][1]);
     }
     const double log_sum = log(sum);
     return {max, sum, static_cast<float>(__dadd_rn(max, log_sum)),
-            static_cast<float>(__dadd_rn(log_sum, -__ddiv_rn(weighted, sum)))};
+            WEIGHTED ? static_cast<float>(__dadd_rn(log_sum, -__ddiv_rn(weighted, sum))) : 0.f};
 }

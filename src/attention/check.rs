@@ -1,6 +1,6 @@
 //! What the arguments of attention must keep to, on every back end.
 
-use super::{CHUNK, Heads, PagedBatch, Segment};
+use super::{Heads, PAGE, PagedBatch, Segment};
 use crate::error::check_len;
 use crate::{Buffer, Device, Error, Result};
 
@@ -70,7 +70,7 @@ pub(crate) fn check_paged<D: Device>(
 }
 
 fn cache_pages(heads: Heads, k_cache: usize, v_cache: usize) -> usize {
-    k_cache.min(v_cache) / heads.kv_width() / CHUNK
+    k_cache.min(v_cache) / heads.kv_width() / PAGE
 }
 
 /// Refuses runs `(start, len)` of rows that overlap; returns the end of the last one.

@@ -6,7 +6,7 @@
 use super::launch::{Fault, Grid, Kernels, dim};
 use super::{Cuda, CudaBuffer, device_error};
 use crate::attention::{
-    Attention, CHUNK, Heads, PagedBatch, Segment, check_attention, check_attention_backward,
+    Attention, Heads, PAGE, PagedBatch, Segment, check_attention, check_attention_backward,
     check_cache_write, check_paged,
 };
 use crate::{Buffer, Error, Result};
@@ -20,6 +20,12 @@ const WARPS: usize = 4;
 const THREADS: usize = 32 * WARPS;
 /// Lines of an mma, which one warp takes in decode.
 const WARP_LINES: usize = 16;
+/// Keys of a tile: those of a page.
+const KEYS: usize = PAGE;
+/// Keys of a chunk, which one warp reduces in decode.
+const CHUNK_KEYS: usize = 4 * KEYS;
+/// Tiles of keys or values in the ring that they pass through in decode.
+const RING_TILES: usize = 3;
 /// Lines of a tile that the kernel for the gradients of keys and values reads.
 const READ_LINES: usize = 32;
 /// Blocks of a grid's second and third dimension.
@@ -237,8 +243,8 @@ impl Kernels {
         let tile = tile_bytes(heads, LINES);
         let queries_grid = grid(OP, tiles, heads.kv_heads, count, THREADS, 4 * tile)?;
         let shared = 2 * tile + 4 * tile_bytes(heads, READ_LINES);
-        let chunks = max_len.div_ceil(CHUNK);
-        let keys_grid = grid(OP, chunks, heads.kv_heads, count, THREADS, shared)?;
+        let key_tiles = max_len.div_ceil(KEYS);
+        let keys_grid = grid(OP, key_tiles, heads.kv_heads, count, THREADS, shared)?;
         let lanes = heads.head_dim / 8;
         let lines = rows.saturating_mul(heads.q_heads);
         let delta_grid = Grid::new(lines.saturating_mul(lanes).div_ceil(256), 256);
@@ -293,7 +299,7 @@ impl Kernels {
         by_size(OP, heads, [OP; 2])?;
         let chunks = |elements: usize| dim(OP, "heads", elements / 8);
         let (kv_chunks, row_chunks) = (chunks(heads.kv_width())?, chunks(heads.qkv_width())?);
-        let slot_count = index_limit(cache_pages.saturating_mul(CHUNK));
+        let slot_count = index_limit(cache_pages.saturating_mul(PAGE));
         let blocks = rows.saturating_mul(2 * kv_chunks as usize).div_ceil(256);
         let keys = qkv + 2 * heads.k_offset() as CUdeviceptr;
         let rows = dim(OP, "rows", rows)?;
@@ -354,7 +360,7 @@ impl Kernels {
         let (q_heads, kv_heads) = head_counts(OP, heads)?;
         let count = batch.count;
         let bound = |name, n| dim(OP, name, n).map(|n| n as u32);
-        let max_context = bound("max_context", batch.max_context.saturating_add(CHUNK))?;
+        let max_context = bound("max_context", batch.max_context.saturating_add(CHUNK_KEYS))?;
         let values_bytes =
             paged_states(heads, count, batch.max_context).saturating_mul(4 * heads.head_dim);
         let call = Paged {
@@ -368,7 +374,7 @@ impl Kernels {
             sums: scratch + values_bytes as CUdeviceptr,
             rows: bound("rows", batch.rows)?,
             max_q_len: bound("max_q_len", batch.max_q_len)?,
-            max_context: max_context - CHUNK as u32,
+            max_context: max_context - CHUNK_KEYS as u32,
             page_count: index_limit(batch.page_count),
             cache_pages: index_limit(batch.cache_pages),
             q_heads,
@@ -376,16 +382,15 @@ impl Kernels {
             scale_log2: scale * std::f32::consts::LOG2_E,
             faults: batch.faults,
         };
-        let tile = tile_bytes(heads, CHUNK);
+        let tile = tile_bytes(heads, KEYS);
         if batch.max_q_len > 1 {
             let tiles = tiles(OP, heads, batch.max_q_len)?;
             let grid = grid(OP, tiles, heads.kv_heads, count, THREADS, 4 * tile)?;
             // SAFETY: by the caller.
             unsafe { self.launch(stream, prefill, grid, &[&call])? };
         }
-        // One chunk at least, so that sequences are checked whatever their bounds.
-        let chunks = batch.max_context.div_ceil(CHUNK).max(1);
-        let shared = 2 * tile + tile_bytes(heads, WARP_LINES);
+        let chunks = chunks(batch.max_context);
+        let shared = RING_TILES * tile + tile_bytes(heads, WARP_LINES);
         let tiles = heads.kv_heads * heads.group().div_ceil(WARP_LINES);
         let decode_grid = grid(OP, chunks, tiles, count, 32, shared)?;
         let merge_grid = grid(OP, heads.q_heads.div_ceil(WARPS), count, 1, THREADS, 0)?;
@@ -397,10 +402,16 @@ impl Kernels {
     }
 }
 
+/// Chunks of a paged call's longest context: one at least, so that sequences are checked whatever
+/// their bounds.
+fn chunks(max_context: usize) -> usize {
+    max_context.div_ceil(CHUNK_KEYS).max(1)
+}
+
 /// Chunk states of a paged call.
 fn paged_states(heads: Heads, count: usize, max_context: usize) -> usize {
-    let chunks = max_context.div_ceil(CHUNK).max(1);
-    count.saturating_mul(heads.q_heads).saturating_mul(chunks)
+    let lines = count.saturating_mul(heads.q_heads);
+    lines.saturating_mul(chunks(max_context))
 }
 
 fn head_counts(op: &'static str, heads: Heads) -> Result<(i32, i32)> {

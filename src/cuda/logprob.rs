@@ -1,6 +1,6 @@
 //! Launches of `kernels/logprob.cu`.
 
-use super::gemm::{FEW_ROWS, LARGE, SMALL, check_aligned};
+use super::gemm::{LARGE, Tile, by_rows, check_aligned};
 use super::launch::{Fault, Grid, Kernels, device_error, dim};
 use super::{Cuda, CudaBuffer, bf16_weight};
 use crate::logprob::{
@@ -10,6 +10,20 @@ use crate::{Buffer, Result, Weight};
 use cudarc::driver::result;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use half::bf16;
+
+/// `Middle` and `Small` of `logprob.cu`, twice as wide as those of linear layers.
+const MIDDLE: Tile = Tile {
+    rows: 64,
+    columns: 128,
+    threads: 128,
+    shared: 48 << 10,
+};
+const SMALL: Tile = Tile {
+    rows: 16,
+    columns: 128,
+    threads: 128,
+    shared: 72 << 10,
+};
 
 /// Logits that one state reduces, and the bytes of a state.
 pub(super) const UNIT: usize = 128;
@@ -291,10 +305,12 @@ impl Kernels {
         logits: CUdeviceptr,
     ) -> Result<()> {
         let hidden = check_hidden("logits", shape)?;
-        let (entry, tile) = match shape.rows <= FEW_ROWS {
-            true => ("logits_small", SMALL),
-            false => ("logits_large", LARGE),
-        };
+        let tiles = [
+            ("logits_small", SMALL),
+            ("logits_middle", MIDDLE),
+            ("logits_large", LARGE),
+        ];
+        let (entry, tile) = by_rows(shape.rows, tiles);
         let (rows, vocab) = (shape.rows as i32, shape.vocab as i32);
         let grid = tile.grid(shape.rows, shape.vocab);
         // SAFETY: by the caller.

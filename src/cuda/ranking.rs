@@ -86,7 +86,7 @@ impl Kernels {
         repeated: Fault,
     ) -> Result<()> {
         const OP: &str = "plackett_luce_loss";
-        let grid = Grid::new(lists, THREADS).shared(16 * items + 4 * items.div_ceil(32));
+        let grid = Grid::new(lists, THREADS).shared(24 * items + 4 * items.div_ceil(32));
         let items = check_list(OP, items)?;
         let args: [&dyn Arg; 8] = [
             &items, &weight, &scores, &order, &outside, &repeated, &loss, &dscores,

@@ -1,14 +1,16 @@
 //! Launches of `kernels/sampling.cu`.
 
 use super::launch::{Grid, Kernels, dim};
-use super::logprob::{FINISH_THREADS, STATE, UNIT};
+use super::logprob::{FINISH_THREADS, UNIT};
 use super::{Cuda, CudaBuffer};
 use crate::sampling::{RowSampling, Sampling, check_sample};
 use crate::{Buffer, Error, Result};
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 
-/// Masses are counted in 2^-42 of a token's, in 64 bits: so many tokens can be added up.
-const MOST_TOKENS: usize = 1 << 21;
+/// A token has 20 bits of a key, and the states of its row's units fit into shared memory.
+const MOST_TOKENS: usize = 1 << 20;
+/// Bytes of a unit's state.
+const STATE: usize = 8;
 /// Units of a block of the first kernel: eight lanes each.
 const UNITS: usize = FINISH_THREADS / 8;
 
@@ -21,7 +23,7 @@ impl Kernels {
     /// [`Sampling::sample`] on device pointers.
     ///
     /// # Errors
-    /// More than 2^21 tokens; what the driver reports.
+    /// More than 2^20 tokens; what the driver reports.
     ///
     /// # Safety
     /// This value's context is current and `stream` belongs to it. `logits` holds `rows * vocab` f32,
@@ -66,7 +68,7 @@ impl Kernels {
             self.launch(
                 stream,
                 "sampling_draw",
-                Grid::new(rows, FINISH_THREADS),
+                Grid::new(rows, FINISH_THREADS).shared(units * STATE),
                 &[
                     &logits, &params, &scratch, &tokens, &logprob, &kept, &width, &count,
                 ],

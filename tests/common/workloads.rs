@@ -6,7 +6,7 @@ use super::cuda::{random, random_f32, reports_of, up};
 use cuda_emulator::{Emulator, LaunchReport};
 use dust_kernels::activation::Activation;
 use dust_kernels::adamw::{AdamW, AdamWConfig};
-use dust_kernels::attention::{Attention, CHUNK, Heads, PagedBatch, PagedSequence, Segment};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
 use dust_kernels::embedding::Embedding;
 use dust_kernels::gemm::{Gemm, LinearShape};
 use dust_kernels::grpo::{AdvantageConfig, Grpo, GrpoConfig};
@@ -121,7 +121,17 @@ fn attention(cuda: &Cuda, counter: &mut Counter) {
         kv_heads: 2,
         head_dim: 128,
     };
-    for (h, name) in [(HEADS, HEADS_NAME), (wide, "(4 + 2 + 2) heads of 128")] {
+    // Qwen2.5-0.5B's.
+    let grouped = Heads {
+        q_heads: 14,
+        kv_heads: 2,
+        head_dim: 64,
+    };
+    for (h, name) in [
+        (HEADS, HEADS_NAME),
+        (grouped, "(14 + 2 + 2) heads of 64"),
+        (wide, "(4 + 2 + 2) heads of 128"),
+    ] {
         let scale = 1.0 / (h.head_dim as f32).sqrt();
         // A prompt of 128 tokens and two answers of 64.
         let (rows, lines) = (256, 256 * h.q_heads);
@@ -157,7 +167,7 @@ fn attention(cuda: &Cuda, counter: &mut Counter) {
         );
 
         let (sequences, context) = (4, 512);
-        let pages = sequences * context / CHUNK;
+        let pages = sequences * context / PAGE;
         let cached = sequences * context * h.kv_width();
         let [mut k, mut v] = [(); 2].map(|()| bf16s(cuda, cached));
         let table: Vec<u32> = (0..pages as u32).rev().collect();
@@ -172,7 +182,7 @@ fn attention(cuda: &Cuda, counter: &mut Counter) {
                 q_start: (i * q_len) as u32,
                 q_len: q_len as u32,
                 context: context as u32,
-                first_page: (i * context / CHUNK) as u32,
+                first_page: (i * context / PAGE) as u32,
             };
             let list: Vec<_> = (0..sequences).map(sequence).collect();
             let batch = PagedBatch {
@@ -221,8 +231,8 @@ fn gemm(cuda: &Cuda, counter: &mut Counter) {
     let weights = inputs * outputs;
     let w = bf16s(cuda, weights);
     let weight = Weight::Bf16(&w);
-    // Training and decoding.
-    for rows in [256, 8] {
+    // Training, and decoding of many and of few.
+    for rows in [256, 64, 8] {
         let shape = LinearShape {
             rows,
             inputs,
@@ -239,7 +249,7 @@ fn gemm(cuda: &Cuda, counter: &mut Counter) {
         counter.call(format!("linear_dx, {size}"), least, || {
             cuda.linear_dx(shape, &dy, weight, &mut dx)
         });
-        if rows == 8 {
+        if rows < 256 {
             continue;
         }
         let mut dw = cuda.zeros(weights).unwrap();
@@ -339,7 +349,7 @@ fn logprob(cuda: &Cuda, counter: &mut Counter) {
             Some(&mut dhead),
         )
     });
-    for rows in [128, 8] {
+    for rows in [128, 64, 8] {
         let mut logits = cuda.zeros(rows * vocab).unwrap();
         let least = 2 * (weights + rows * hidden) + 4 * rows * vocab;
         counter.call(
@@ -427,16 +437,31 @@ fn rope(cuda: &Cuda, counter: &mut Counter) {
     });
 }
 
+/// Logits of rows whose probabilities follow Zipf's law with exponent 1.5, as a language model's do
+/// roughly: 0.95 of the mass is on some 240 tokens.
+pub fn zipf(rows: usize, vocab: usize) -> Vec<f32> {
+    let rank = |i: usize| 1 + i % vocab * 100_003 % vocab;
+    (0..rows * vocab)
+        .map(|i| -1.5 * (rank(i) as f32).ln())
+        .collect()
+}
+
 fn sampling(cuda: &Cuda, counter: &mut Counter) {
-    let (rows, vocab) = (4, 32_000);
-    let logits = f32s(cuda, rows * vocab);
+    // Qwen's vocabulary.
+    let (rows, vocab) = (4, 151_936);
+    let (zipf, flat) = (up(cuda, &zipf(rows, vocab)), f32s(cuda, rows * vocab));
     let plain = RowSampling::default();
-    let filtered = RowSampling {
-        top_k: 50,
+    let top_p = RowSampling {
         top_p: 0.95,
         ..plain
     };
-    for (name, params) in [("plain", plain), ("top-k and top-p", filtered)] {
+    let both = RowSampling { top_k: 20, ..top_p };
+    for (name, params, logits) in [
+        ("plain", plain, &zipf),
+        ("top-k 20 and top-p 0.95", both, &zipf),
+        ("top-p 0.95", top_p, &zipf),
+        ("top-p 0.95 of flat rows", top_p, &flat),
+    ] {
         let params = up(cuda, &[params; 4]);
         let mut tokens = cuda.zeros(rows).unwrap();
         let [mut logprob, mut kept] = [(); 2].map(|()| cuda.zeros(rows).unwrap());
@@ -445,7 +470,7 @@ fn sampling(cuda: &Cuda, counter: &mut Counter) {
             cuda.sample(
                 rows,
                 vocab,
-                &logits,
+                logits,
                 &params,
                 &mut tokens,
                 &mut logprob,

@@ -1,7 +1,8 @@
-//! Attention and its gradient by the definition, and shapes to try. Included by the tests of both
-//! back ends.
+//! Attention and its gradient by the definition, shapes to try, and the building of paged calls.
+//! Included by the tests of both back ends.
 
-use dust_kernels::attention::{Heads, Segment};
+use dust_kernels::attention::{Attention, Heads, PAGE, PagedBatch, PagedSequence, Segment};
+use dust_kernels::{Device, Float};
 
 pub const fn heads(q_heads: usize, kv_heads: usize, head_dim: usize) -> Heads {
     Heads {
@@ -105,3 +106,78 @@ macro_rules! naive {
 }
 naive!(naive_f64, f64);
 naive!(naive_f32, f32);
+
+/// A key/value cache with scattered pages, full of NaN where nothing was written.
+pub struct Cache<'a, D: Device> {
+    device: &'a D,
+    heads: Heads,
+    k: D::Buf<D::Elem>,
+    v: D::Buf<D::Elem>,
+    pages: Vec<u32>,
+    per_sequence: usize,
+}
+
+impl<'a, D: Device + Attention> Cache<'a, D> {
+    pub fn new(device: &'a D, heads: Heads, sequences: usize, tokens: usize) -> Self {
+        let per_sequence = tokens.div_ceil(PAGE);
+        let count = sequences * per_sequence;
+        let stale = vec![D::Elem::from_f32(f32::NAN); count * PAGE * heads.kv_width()];
+        Self {
+            device,
+            heads,
+            k: device.upload(&stale).unwrap(),
+            v: device.upload(&stale).unwrap(),
+            // Page numbers backwards, so that no sequence's pages are in order.
+            pages: (0..count as u32).rev().collect(),
+            per_sequence,
+        }
+    }
+
+    /// Writes rows of a call and attends: `(sequence, first token, tokens)` one after the other,
+    /// in a call that has room for `spare` more of everything.
+    pub fn call(
+        &mut self,
+        calls: &[(usize, usize, usize)],
+        qkv: &[D::Elem],
+        spare: usize,
+    ) -> Vec<D::Elem> {
+        let (device, h) = (self.device, self.heads);
+        let mut slots = Vec::new();
+        let mut sequences = Vec::new();
+        for &(sequence, first, len) in calls {
+            let first_page = sequence * self.per_sequence;
+            sequences.push(PagedSequence {
+                q_start: slots.len() as u32,
+                q_len: len as u32,
+                context: (first + len) as u32,
+                first_page: first_page as u32,
+            });
+            slots.extend((first..first + len).map(|token| {
+                self.pages[first_page + token / PAGE] * PAGE as u32 + (token % PAGE) as u32
+            }));
+        }
+        let most = |of: fn(&PagedSequence) -> u32| sequences.iter().map(of).max().unwrap() as usize;
+        let (max_q_len, max_context) = (most(|s| s.q_len), most(|s| s.context));
+        let rows = slots.len();
+        // Sequences without queries, which a batch that is not full ends in.
+        sequences.resize(sequences.len() + spare, PagedSequence::default());
+        let batch = PagedBatch {
+            sequences: &device.upload(&sequences).unwrap(),
+            count: sequences.len(),
+            rows,
+            max_q_len: max_q_len + spare,
+            max_context: max_context + PAGE * spare,
+            pages: &device.upload(&self.pages).unwrap(),
+        };
+        let qkv = device.upload(qkv).unwrap();
+        let slots = device.upload(&slots).unwrap();
+        device
+            .cache_write(rows, h, &qkv, &slots, &mut self.k, &mut self.v)
+            .unwrap();
+        let mut out = device.zeros(rows * h.out_width()).unwrap();
+        device
+            .attention_paged(h, scale(h), batch, &qkv, &self.k, &self.v, &mut out)
+            .unwrap();
+        device.download(&out).unwrap()
+    }
+}

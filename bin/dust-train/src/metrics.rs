@@ -160,6 +160,7 @@ impl Judgment {
             Metric::Pass1 => None,
             Metric::Ndcg => Some(ndcg().unwrap_or(0.0)),
             Metric::NdcgMixed => self.mixed().then(ndcg)?,
+            Metric::NdcgRandom => self.mixed().then(|| random_ndcg(n, right))?,
             Metric::PairAccuracy if !self.mixed() => None,
             Metric::PairAccuracy => self.ranked().map_or(Some(0.5), |r| pairwise_accuracy(&r)),
             Metric::BestOfN => match self.ranked() {
@@ -171,6 +172,7 @@ impl Judgment {
             Metric::AllRight => flag(right == n),
             Metric::AllWrong => flag(right == 0),
             Metric::Mixed => flag(self.mixed()),
+            Metric::Invalid if !self.mixed() => None,
             Metric::Invalid => flag(self.ranked().is_none()),
         }
     }
@@ -187,8 +189,12 @@ pub struct Problem {
     pub samples: usize,
     /// Programs that pass.
     pub passed: usize,
-    /// Judgments of its groups.
+    /// Judgments of the groups that this model wrote. Which way a group is ranked whose candidates
+    /// are all right or all wrong decides nothing, so that it needs no ranking.
     pub judgments: Vec<Judgment>,
+    /// Judgments of the mixed groups that the model before training wrote: the same programs for
+    /// every model, so that a difference is the judge's.
+    pub same: Vec<Judgment>,
 }
 
 /// A figure of merit.
@@ -200,9 +206,11 @@ pub enum Metric {
     /// NDCG over all groups, where one that is all wrong counts 0 and one that is all right 1, as
     /// published figures have it. It rises with the generator even if the judge stays the same.
     Ndcg,
-    /// NDCG over the mixed groups only: the judge alone.
+    /// NDCG over the mixed groups of [`Problem::same`]: the judge alone.
     NdcgMixed,
-    /// Pairwise accuracy over the mixed groups.
+    /// What a random order of these groups is worth.
+    NdcgRandom,
+    /// Pairwise accuracy over the same groups.
     PairAccuracy,
     /// The top-ranked candidate is right.
     BestOfN,
@@ -216,24 +224,25 @@ pub enum Metric {
     AllWrong,
     /// Share of groups with both.
     Mixed,
-    /// Share of judgments without a valid ranking.
+    /// Share of judgments of the same groups without a valid ranking.
     Invalid,
 }
 
 impl Metric {
     /// All of them, in the order of a table.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Pass1,
-        Self::Ndcg,
         Self::NdcgMixed,
+        Self::NdcgRandom,
         Self::PairAccuracy,
+        Self::Invalid,
+        Self::Ndcg,
         Self::BestOfN,
         Self::Random,
         Self::Oracle,
         Self::AllRight,
         Self::AllWrong,
         Self::Mixed,
-        Self::Invalid,
     ];
 
     /// The sum and the count that `problem` brings to the mean. Every problem weighs the same,
@@ -242,11 +251,13 @@ impl Metric {
         let value = match self {
             Self::Pass1 => pass_at_k(problem.samples, problem.passed, 1),
             _ => {
-                let scores: Vec<_> = problem
-                    .judgments
-                    .iter()
-                    .filter_map(|j| j.score(self))
-                    .collect();
+                let judgments = match self {
+                    Self::NdcgMixed | Self::NdcgRandom | Self::PairAccuracy | Self::Invalid => {
+                        &problem.same
+                    }
+                    _ => &problem.judgments,
+                };
+                let scores: Vec<_> = judgments.iter().filter_map(|j| j.score(self)).collect();
                 mean(&scores)
             }
         };
@@ -341,7 +352,7 @@ pub struct Row {
     pub metric: Metric,
     /// The stratum, or nothing for all problems.
     pub difficulty: Option<Difficulty>,
-    /// How many problems count.
+    /// How many problems count on either side.
     pub problems: usize,
     /// Before training.
     pub before: Option<Estimate>,
@@ -374,7 +385,11 @@ pub fn compare(before: &[Problem], after: &[Problem], seed: u64) -> Vec<Row> {
             rows.push(Row {
                 metric,
                 difficulty,
-                problems: inside.len(),
+                problems: left
+                    .iter()
+                    .zip(&right)
+                    .filter(|(l, r)| l.count + r.count > 0.0)
+                    .count(),
                 before: bootstrap(&left, seed),
                 after: bootstrap(&right, seed),
                 change: paired_bootstrap(&left, &right, seed),
@@ -474,14 +489,17 @@ mod tests {
             difficulty: None,
             samples: 4,
             passed: 1,
-            judgments: judgments
-                .iter()
-                .map(|(labels, ranking)| Judgment {
-                    labels: labels.iter().map(|&y| y == 1).collect(),
-                    ranking: ranking.map(<[usize]>::to_vec),
-                })
-                .collect(),
+            same: of(judgments),
+            judgments: of(judgments),
         }
+    }
+
+    fn of(judgments: &[(&[u8], Option<&[usize]>)]) -> Vec<Judgment> {
+        let judgment = |(labels, ranking): &(&[u8], Option<&[usize]>)| Judgment {
+            labels: labels.iter().map(|&y| y == 1).collect(),
+            ranking: ranking.map(<[usize]>::to_vec),
+        };
+        judgments.iter().map(judgment).collect()
     }
 
     #[test]
@@ -497,18 +515,21 @@ mod tests {
         );
         let first = (1.0 / 3f64.log2() + 0.5) / (1.0 + 1.0 / 3f64.log2());
         let random = 0.25 * (1.0 + 1.0 / 3f64.log2() + 0.5 + 1.0 / 5f64.log2());
+        let of_two =
+            0.5 * (1.0 + 1.0 / 3f64.log2() + 0.5 + 1.0 / 5f64.log2()) / (1.0 + 1.0 / 3f64.log2());
         let expected = [
             (Metric::Pass1, 0.25),
-            (Metric::Ndcg, (first + 1.0 + 0.0 + random) / 4.0),
             (Metric::NdcgMixed, (first + random) / 2.0),
+            (Metric::NdcgRandom, (of_two + random) / 2.0),
             (Metric::PairAccuracy, (0.5 + 0.5) / 2.0),
+            (Metric::Invalid, 0.5),
+            (Metric::Ndcg, (first + 1.0 + 0.0 + random) / 4.0),
             (Metric::BestOfN, (0.0 + 1.0 + 0.0 + 0.25) / 4.0),
             (Metric::Random, (0.5 + 1.0 + 0.0 + 0.25) / 4.0),
             (Metric::Oracle, 0.75),
             (Metric::AllRight, 0.25),
             (Metric::AllWrong, 0.25),
             (Metric::Mixed, 0.5),
-            (Metric::Invalid, 0.25),
         ];
         assert_eq!(expected.map(|(metric, _)| metric), Metric::ALL);
         for (metric, value) in expected {
@@ -601,6 +622,12 @@ mod tests {
             (row(None).problems, row(None).change.unwrap().value),
             (2, 0.5)
         );
+        // Only one of these has a mixed group.
+        let plain = problem("p", &[(&[1, 1], None)]);
+        let mixed = problem("m", &[(&[1, 0], None)]);
+        let rows = compare(&[plain.clone(), mixed.clone()], &[plain, mixed], 0);
+        let counts = |metric| rows.iter().find(|r| r.metric == metric).unwrap().problems;
+        assert_eq!((counts(Metric::NdcgMixed), counts(Metric::BestOfN)), (1, 2));
         assert_eq!(row(Some(Difficulty::Hard)).change.unwrap().value, 1.0);
         assert_eq!(row(Some(Difficulty::Easy)).change.unwrap().value, 0.0);
     }

@@ -377,25 +377,23 @@ fn the_judge_says_plainly_that_a_random_model_gives_no_ranking() {
     fs::write(path("problem"), "Add two numbers.").unwrap();
     fs::write(path("a.py"), "a").unwrap();
     fs::write(path("b.py"), "b").unwrap();
-    let mut run = with_model("judge");
-    run.args(["--max-tokens", "4", "--problem"]).args([
-        path("problem"),
-        path("a.py"),
-        path("b.py"),
-    ]);
-    let assert = run.assert();
-    let output = assert.get_output().clone();
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    match output.status.code() {
-        Some(0) => {
-            let text = String::from_utf8(output.stdout).unwrap();
-            assert!(
-                text.contains("No ranking: the answer is invalid, because no ranking is stated."),
-                "{text}"
-            );
-        }
-        code => panic!("{code:?} {stderr}"),
-    }
+    fs::write(
+        path("run.toml"),
+        "[model]\npath = \"m\"\n[judge]\nprefix = \"Ranking:\"\n",
+    )
+    .unwrap();
+    let judge = |asked: &[&str]| {
+        let mut run = with_model("judge");
+        run.current_dir(&scratch).args(asked);
+        let programs = ["--max-tokens", "4", "--problem", "problem", "a.py", "b.py"];
+        let assert = run.args(programs).assert().success();
+        String::from_utf8(assert.get_output().stdout.clone()).unwrap()
+    };
+    let reason = "No ranking: the answer is invalid, because the answer was cut off";
+    let text = judge(&[]);
+    assert!(text.contains(reason), "{text}");
+    let text = judge(&["--config", "run.toml"]);
+    assert!(text.contains("It answers:\nRanking:"), "{text}");
 }
 
 /// The test model in a folder, with room for longer texts than the original has.

@@ -24,7 +24,8 @@ struct Cell {
     readers: u32,
     write_warp: u8,
     write_lane: u8,
-    /// Lane that read last, or `MANY`.
+    /// Warp that read last, and which of its lanes since its clock advanced: one, or `MANY`.
+    read_warp: u8,
     read_lane: u8,
     /// Reads have different stamps: they are in `SharedRaces::mixed`.
     mixed: bool,
@@ -214,18 +215,13 @@ impl SharedRaces {
             }
         } else if touch == Touch::Read {
             let bit = 1 << warp;
+            // Whether this warp has not read since its clock advanced.
+            let fresh;
             if !live_reads || cell.read_stamp == stamp {
                 let next = &mut self.cells[at];
                 let first = !live_reads;
+                fresh = first || cell.readers & bit == 0;
                 next.readers = if first { bit } else { cell.readers | bit };
-                next.read_lane = if first || (cell.readers == bit && cell.read_lane as u32 == lane)
-                {
-                    lane as u8
-                } else {
-                    MANY
-                };
-                next.read_stamp = stamp;
-                next.read_pc = pc;
                 if first && cell.mixed {
                     next.mixed = false;
                 }
@@ -245,14 +241,18 @@ impl SharedRaces {
                         })
                         .collect()
                 });
+                fresh = stamps[warp] != stamp;
                 stamps[warp] = stamp;
                 let next = &mut self.cells[at];
                 next.mixed = true;
                 next.readers |= bit;
-                next.read_stamp = stamp;
-                next.read_pc = pc;
-                next.read_lane = MANY;
             }
+            let alone = cell.read_warp as usize == warp && cell.read_lane as u32 == lane;
+            let next = &mut self.cells[at];
+            next.read_warp = warp as u8;
+            next.read_lane = if fresh || alone { lane as u8 } else { MANY };
+            next.read_stamp = stamp;
+            next.read_pc = pc;
         }
         conflict
     }
@@ -268,9 +268,10 @@ impl SharedRaces {
                 continue;
             }
             let stamp = stamps.map_or(cell.read_stamp, |s| s[reader]);
-            let same = reader == warp && cell.read_lane as u32 == lane;
+            let last = reader == cell.read_warp as usize;
+            let same = last && reader == warp && cell.read_lane as u32 == lane;
             if stamp > self.floor && !same && !self.ordered(stamp, reader, warp) {
-                let lane = (cell.read_lane != MANY).then_some(cell.read_lane as u32);
+                let lane = (last && cell.read_lane != MANY).then_some(cell.read_lane as u32);
                 let pc = cell.read_pc;
                 return Some(Conflict {
                     wrote: false,

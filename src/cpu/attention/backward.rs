@@ -10,9 +10,10 @@
 
 use super::super::Level;
 use super::super::simd::{Kernel, Simd};
+use super::CHUNK;
 use super::forward::{Block, block_rows};
 use super::tile::{Depth, End, Product, pack_columns, pack_rows, padded, with_scratch};
-use crate::attention::{CHUNK, Heads};
+use crate::attention::Heads;
 
 /// What a backward block reads beside queries, keys and values; all with a row for every packed row.
 #[derive(Clone, Copy)]

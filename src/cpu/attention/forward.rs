@@ -10,9 +10,10 @@
 
 use super::super::Level;
 use super::super::simd::{Kernel, Simd};
+use super::CHUNK;
 use super::keys::Keys;
 use super::tile::{Depth, End, Product, pack_columns, pack_rows, padded, with_scratch};
-use crate::attention::{CHUNK, Heads};
+use crate::attention::Heads;
 
 /// Query rows times heads of a group that one task aims at.
 const BLOCK: usize = 96;

@@ -1,7 +1,8 @@
 //! Where the keys and values of a sequence lie: in packed rows, behind a shared prefix or not, or
 //! in pages.
 
-use crate::attention::{CHUNK, Heads, Segment};
+use super::CHUNK;
+use crate::attention::{Heads, PAGE, Segment};
 
 /// Where a sequence's rows lie.
 #[derive(Clone, Copy)]
@@ -75,7 +76,7 @@ impl<'a> Keys<'a> {
                     segment.start as usize + position - prefix
                 }
             }
-            Rows::Paged(pages) => pages[position / CHUNK] as usize * CHUNK + position % CHUNK,
+            Rows::Paged(pages) => pages[position / PAGE] as usize * PAGE + position % PAGE,
         }
     }
 

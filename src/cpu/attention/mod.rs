@@ -12,7 +12,7 @@ mod tile;
 use super::pool::SharedMut;
 use super::{Cpu, CpuBuf};
 use crate::attention::{
-    Attention, CHUNK, Heads, PagedBatch, Segment, check_attention, check_attention_backward,
+    Attention, Heads, PAGE, PagedBatch, Segment, check_attention, check_attention_backward,
     check_cache_write, check_disjoint, check_paged,
 };
 use crate::error::{check_indices, check_len};
@@ -21,6 +21,9 @@ use backward::{Gradients, Reader, RowDots, key_gradient, query_gradient};
 use forward::{Block, block_rows};
 use keys::Keys;
 use tile::padded;
+
+/// Keys of a chunk of the canonical reduction; a page holds exactly one.
+const CHUNK: usize = PAGE;
 
 impl Cpu {
     /// Runs the blocks and writes outputs and log-sum-exps. No two of them have a row and a head in
@@ -252,7 +255,7 @@ impl Attention for Cpu {
         const OP: &str = "cache_write";
         let width = heads.kv_width();
         let lens = [qkv.len(), slots.len(), k_cache.len(), v_cache.len()];
-        let limit = check_cache_write(rows, heads, lens)? * CHUNK;
+        let limit = check_cache_write(rows, heads, lens)? * PAGE;
         check_indices(OP, "slots", &slots[..rows], limit)?;
         for (row, &slot) in qkv.chunks_exact(heads.qkv_width()).zip(&slots[..rows]) {
             let (keys, values) = row[heads.k_offset()..].split_at(width);
@@ -311,7 +314,7 @@ impl Attention for Cpu {
                 ));
             }
             let first = sequence.first_page as usize;
-            let end = first + context.div_ceil(CHUNK);
+            let end = first + context.div_ceil(PAGE);
             check_len(OP, "pages", pages.len(), end)?;
             let run = &pages[first..end];
             if let Some(at) = run.iter().position(|&page| page as usize >= limit) {

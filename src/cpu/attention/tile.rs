@@ -6,7 +6,7 @@
 
 use super::super::Level;
 use super::super::simd::{Kernel, Simd};
-use crate::attention::CHUNK;
+use super::CHUNK;
 use std::cell::RefCell;
 
 /// Rows of a register tile.

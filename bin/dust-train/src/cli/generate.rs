@@ -75,10 +75,10 @@ pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
     };
     let settings = args.sampling.settings();
     if args.samples == 1 {
-        answer(device, &loaded, request, &settings)?;
+        answer(device, &loaded, request, &settings, &[])?;
         return Ok(());
     }
-    draw(device, &loaded, request, &settings, &mut |event| {
+    draw(device, &loaded, request, &settings, &[], &mut |event| {
         if let Event::Done(done) = event {
             let text = loaded.tokenizer.decode(spoken(&done));
             let mut out = io::stdout().lock();
@@ -89,17 +89,18 @@ pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
     })
 }
 
-/// Draws one answer, shows it as it comes, and returns its text.
+/// Draws one answer, shows it as it comes, and returns its text and how it ended.
 pub(super) fn answer<B: Backend>(
     device: &B,
     loaded: &Loaded<B>,
     request: Request,
     settings: &SamplingSettings,
-) -> Result<String> {
+    stop: &[String],
+) -> Result<(String, Option<Finish>)> {
     let mut stream = loaded.tokenizer.stream();
     let mut text = String::new();
     let mut finish = None;
-    let drawn = draw(device, loaded, request, settings, &mut |event| {
+    let drawn = draw(device, loaded, request, settings, stop, &mut |event| {
         match event {
             Event::Token(_, _, token) if loaded.tokenizer.eos_ids().contains(&token) => {}
             Event::Token(_, _, token) => {
@@ -121,7 +122,7 @@ pub(super) fn answer<B: Backend>(
     if finish == Some(Finish::Length) {
         eprintln!("[cut off: the longest answer is reached; --max-tokens allows more]");
     }
-    Ok(text + &rest)
+    Ok((text + &rest, finish))
 }
 
 /// The tokens of an answer without the one that ends it.
@@ -138,6 +139,7 @@ fn draw<B: Backend>(
     loaded: &Loaded<B>,
     request: Request,
     settings: &SamplingSettings,
+    stop: &[String],
     on_event: &mut dyn FnMut(Event) -> io::Result<()>,
 ) -> Result<()> {
     let prompt = request.prompt.len();
@@ -147,7 +149,7 @@ fn draw<B: Backend>(
     let mut engine = Engine::new(device, &loaded.model, config)?;
     let stops = Stops {
         tokens: loaded.tokenizer.eos_ids(),
-        strings: &[],
+        strings: stop,
         block: false,
         tokenizer: &loaded.tokenizer,
     };

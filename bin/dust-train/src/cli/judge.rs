@@ -9,8 +9,9 @@ use dust_kernels::Backend;
 use super::files::{input_name, read_text};
 use super::model::{ModelArgs, SamplingArgs, Thinking};
 use super::{InputError, generate};
-use crate::judge::{Parse, Permutation, parse, prompt};
-use crate::rollout::Request;
+use crate::judge::{Permutation, examples, prompt, read};
+use crate::pipeline::{Config, JudgeSettings};
+use crate::rollout::{Finish, Request};
 use crate::tasks::{Mode, Task, parse_jsonl};
 
 /// Let the model rank programs for a problem, best first.
@@ -33,6 +34,11 @@ pub(super) struct Args {
     /// The programs, at least two.
     #[arg(required = true, num_args = 2.., value_name = "PROGRAM")]
     programs: Vec<PathBuf>,
+
+    /// Ask as a run asks its judge, with [judge] of this configuration, for example
+    /// runs/demo/config.toml [default: the answer is left to the model].
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
 
     /// Whether the model thinks first, where it can [default: as its template has it].
     #[arg(long, value_enum)]
@@ -59,10 +65,20 @@ pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
             return Err(InputError::new(path.display(), "program", "is empty", remedy).into());
         }
     }
+    let judge = match &args.config {
+        Some(file) => Config::read(file)?.judge,
+        None => JudgeSettings::default(),
+    };
     let loaded = args.model.load(device)?;
-    let order = Permutation::seeded(programs.len(), args.sampling.seed, &task.id, 0);
+    let (k, seed) = (programs.len(), args.sampling.seed);
+    let order = Permutation::seeded(k, seed, &task.id, 0);
+    let examples = examples(judge.examples, k, seed, &task.id, 0);
+    let programs: Vec<String> = programs.iter().map(|code| task.program(code)).collect();
     let shown: Vec<&str> = programs.iter().map(String::as_str).collect();
-    let prompt = loaded.chat(&prompt(&task, &shown, &order, &[]), args.thinking)?;
+    let mut prompt = loaded.chat(&prompt(&task, &shown, &order, &examples), args.thinking)?;
+    if !judge.prefix.is_empty() {
+        prompt.extend(loaded.tokenizer.encode(&judge.prefix, false)?);
+    }
     loaded.check_prompt("the problem with its programs", &prompt)?;
     // Some templates open the thought themselves.
     let thinking = loaded
@@ -73,7 +89,7 @@ pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
     let request = Request {
         prompt,
         samples: 1,
-        seed: args.sampling.seed,
+        seed,
     };
     let mut out = io::stdout();
     writeln!(out, "The judge sees:")?;
@@ -86,8 +102,17 @@ pub(super) fn run<B: Backend>(args: &Args, device: &B) -> Result<()> {
         )?;
     }
     writeln!(out, "\nIt answers:")?;
-    let answer = generate::answer(device, &loaded, request, &args.sampling.settings())?;
-    match parse(&answer, programs.len(), thinking, Parse::Strict) {
+    write!(out, "{}", judge.prefix)?;
+    let settings = args.sampling.settings();
+    let (answer, finish) = generate::answer(device, &loaded, request, &settings, &judge.stop)?;
+    let answer = format!("{}{answer}", judge.prefix);
+    match read(
+        &answer,
+        k,
+        thinking,
+        judge.parse,
+        finish.unwrap_or(Finish::Length),
+    ) {
         Ok(ranking) => {
             writeln!(out, "\nRanking, best first:")?;
             for (rank, candidate) in order.candidates(&ranking).into_iter().enumerate() {

@@ -6,6 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::rollout::Finish;
 use crate::tasks::extract::answer;
 
 /// How forgiving the reading is.
@@ -39,6 +40,9 @@ pub enum Invalid {
     /// The reasoning did not end.
     #[error("the reasoning did not end")]
     Unfinished,
+    /// It reached the longest length, where a number may be cut off.
+    #[error("the answer was cut off at its longest length")]
+    Cut,
     /// No line states a ranking.
     #[error("no ranking is stated")]
     Missing,
@@ -54,6 +58,20 @@ pub enum Invalid {
     /// A candidate is not named.
     #[error("a candidate is left out")]
     Incomplete,
+}
+
+/// As [`parse`], of an answer that ended so: one that was cut off is invalid, unless read leniently.
+pub fn read(
+    text: &str,
+    k: usize,
+    thinking: bool,
+    how: Parse,
+    finish: Finish,
+) -> Result<Vec<usize>, Invalid> {
+    if finish == Finish::Length && how == Parse::Strict {
+        return Err(Invalid::Cut);
+    }
+    parse(text, k, thinking, how)
 }
 
 /// The shown positions, from 0, from best to worst. `thinking` is as in [`answer`].

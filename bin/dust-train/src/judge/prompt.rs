@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::shuffle::shuffle;
-use crate::tasks::Task;
 use crate::tasks::prompt::fenced;
+use crate::tasks::{Mode, Task};
 use crate::text::{Message, Role};
 
 /// The order in which the candidates of a group are shown: `shown()[position] = candidate`.
@@ -44,10 +44,23 @@ impl Permutation {
     }
 }
 
-/// Asks for a ranking of `programs`, shown in the order of `order` and labelled from 1.
+/// `count` rankings at random, to show the form of an answer, none of them of `k` candidates.
 ///
-/// `examples` are rankings (positions from 0) that show the form of an answer: a small model needs
-/// some. They have nothing to do with the candidates.
+/// A small model copies what it is shown. An example that were a valid answer would be copied, earn
+/// what a random ranking earns, and be reinforced in place of judging; a copy of these is invalid.
+pub fn examples(count: usize, k: usize, seed: u64, group: &str, index: usize) -> Vec<Permutation> {
+    let name = format!("{group}/examples");
+    (2..=k + 2)
+        .filter(|&size| size != k)
+        .cycle()
+        .take(count)
+        .enumerate()
+        .map(|(i, size)| Permutation::seeded(size, seed, &name, index + i))
+        .collect()
+}
+
+/// Asks for a ranking of `programs`, shown in the order of `order` and labelled from 1. `examples`
+/// show the form of an answer.
 pub fn prompt(
     task: &Task,
     programs: &[&str],
@@ -55,19 +68,22 @@ pub fn prompt(
     examples: &[Permutation],
 ) -> Vec<Message> {
     let mut user = format!("# Problem\n\n{}\n", task.statement.trim_end());
+    // A statement that is the head of the function shows it already.
+    if let (Some(code), true) = (&task.starter_code, task.mode != Mode::Assert) {
+        user += &format!("\nA solution starts from this code:\n{}\n", fenced(code));
+    }
     for (position, &candidate) in order.shown().iter().enumerate() {
         let program = fenced(programs[candidate]);
         user += &format!("\n# Candidate {}\n\n{program}\n", position + 1);
     }
     let k = order.shown().len();
-    // An example in the order 1 > 2 > 3 > 4 invites the model to copy it, so none is given.
     user += &format!(
         "\n# Your answer\n\nRank the {k} candidates from the most to the least likely to be a correct \
          solution. End with one line: the word Ranking, a colon, and the {k} candidate numbers from \
          best to worst, separated by >."
     );
     if !examples.is_empty() {
-        user += " Examples of the form:";
+        user += " Examples of the form, for other numbers of candidates:";
         for example in examples {
             let numbers: Vec<String> = example.0.iter().map(|i| (i + 1).to_string()).collect();
             user += &format!("\nRanking: {}", numbers.join(" > "));
@@ -117,11 +133,17 @@ mod tests {
     fn examples_show_the_form_of_an_answer() {
         let task = crate::tasks::builtin().unwrap().swap_remove(0);
         let order = Permutation(vec![0, 1]);
-        let text = &prompt(&task, &["a", "b"], &order, &[Permutation(vec![1, 0])])[1].content;
-        assert!(
-            text.ends_with("Examples of the form:\nRanking: 2 > 1"),
-            "{text}"
-        );
+        let text = &prompt(&task, &["a", "b"], &order, &[Permutation(vec![1, 2, 0])])[1].content;
+        assert!(text.ends_with("\nRanking: 2 > 3 > 1"), "{text}");
+    }
+
+    #[test]
+    fn no_example_is_a_valid_answer() {
+        for k in 2..9 {
+            let some = examples(12, k, 3, "g", 5);
+            assert_eq!(some.len(), 12);
+            assert!(some.iter().all(|e| e.0.len() != k && e.0.len() > 1));
+        }
     }
 
     #[test]

@@ -168,8 +168,8 @@ pub struct JudgeSettings {
     /// Words that are put into the judge's mouth: the answer continues them. `Ranking:` makes a
     /// small model answer without reasoning; empty leaves the answer to the model.
     pub prefix: String,
-    /// Example rankings in the prompt, at random and the same for every model: a small model needs
-    /// to see the form.
+    /// Example rankings in the prompt, at random and of other numbers of candidates: a small model
+    /// needs to see the form, and copies what it sees.
     pub examples: usize,
     /// Strings that end the answer, besides the model's stop tokens.
     pub stop: Vec<String>,

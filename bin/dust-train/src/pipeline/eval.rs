@@ -1,4 +1,8 @@
 //! Stage 5: pass@1 of the generator, NDCG and Best-of-N of the judge, on the held-out problems.
+//!
+//! Each model writes fresh programs: pass@1, and Best-of-N of the judge on what it would be used on.
+//! Whether the *judge* has changed shows on the same programs only: after training, the model also ranks
+//! the groups that the model before training wrote.
 
 use super::bad_input;
 use super::judging::Question;
@@ -40,9 +44,12 @@ pub struct JudgedGroup {
     pub repeat: u32,
     /// Which order of the candidates.
     pub permutation: usize,
+    /// Whether the model before training wrote the candidates, and not this one.
+    pub same: bool,
     /// The candidates.
     pub candidates: Vec<Shown>,
-    /// The judge's answer.
+    /// The judge's answer; empty where it was not asked, because the candidates are all right or all
+    /// wrong.
     pub text: String,
     /// The candidates from best to worst, if the answer is valid.
     pub ranking: Option<Vec<usize>>,
@@ -97,6 +104,14 @@ pub fn eval<B: Backend + Clone>(
             folder.display()
         );
     }
+    let before: Option<EvalFile> = match checkpoint {
+        Some(_) if !run.has(BEFORE) => bad_input!(
+            "{}: is not there; run `dust-train eval` first",
+            run.file(BEFORE).display()
+        ),
+        Some(_) => Some(run.read_json(BEFORE)?),
+        None => None,
+    };
     match checkpoint {
         Some(_) => Stage::EvalAfter.begin(run, config)?,
         None => Stage::EvalBefore.begin(run, config)?,
@@ -109,13 +124,26 @@ pub fn eval<B: Backend + Clone>(
     };
     let candidates = candidates(&session, config, run, stage, tasks)?;
     let outcomes = verdicts(config, run, &candidates, &problems)?;
-    let judgments = judge(&session, config, run, stage, tasks, &candidates, &outcomes)?;
+    let mut groups = groups(config, &candidates, &outcomes);
+    if let Some(before) = &before {
+        groups.extend(
+            before
+                .judgments
+                .iter()
+                .filter(|j| j.permutation == 0 && j.is_mixed())
+                .map(|j| JudgedGroup {
+                    same: true,
+                    ..asked(j)
+                }),
+        );
+    }
+    let judgments = judge(&session, config, run, stage, tasks, groups)?;
     let file = EvalFile {
         model: folder.map_or_else(|| config.model.path.clone(), |f| f.display().to_string()),
         settings: measurement(config, tasks)?,
         problems: tasks
             .iter()
-            .map(|task| summarise(task, &candidates, &outcomes, &judgments))
+            .map(|task| summarise(task, &candidates, &outcomes, &judgments, before.is_none()))
             .collect(),
         judgments,
     };
@@ -192,69 +220,107 @@ fn verdicts(
     Ok(verdicts)
 }
 
-/// Shows every group of candidates to the judge, in every order asked for.
+/// The groups of the candidates, not judged yet.
+fn groups(
+    config: &Config,
+    candidates: &[Candidate],
+    verdicts: &[Option<Verdict>],
+) -> Vec<JudgedGroup> {
+    let k = config.group.size;
+    let members = candidates.chunks_exact(k).zip(verdicts.chunks_exact(k));
+    members
+        .map(|(members, verdicts)| JudgedGroup {
+            problem: members[0].problem.clone(),
+            repeat: members[0].sample / k as u32,
+            permutation: 0,
+            same: false,
+            candidates: members
+                .iter()
+                .zip(verdicts)
+                .map(|(candidate, verdict)| Shown {
+                    program: candidate.program.clone().unwrap_or_default(),
+                    right: *verdict == Some(Verdict::Passed),
+                    verdict: match verdict {
+                        Some(v) => serde_json::to_value(v)
+                            .ok()
+                            .and_then(|v| v.as_str().map(str::to_owned))
+                            .unwrap_or_default(),
+                        None => candidate.no_program.clone().unwrap_or_default(),
+                    },
+                })
+                .collect(),
+            text: String::new(),
+            ranking: None,
+            first: None,
+            invalid: None,
+        })
+        .collect()
+}
+
+/// A judgment's group, not judged yet.
+fn asked(judged: &JudgedGroup) -> JudgedGroup {
+    JudgedGroup {
+        text: String::new(),
+        ranking: None,
+        first: None,
+        invalid: None,
+        ..judged.clone()
+    }
+}
+
+impl JudgedGroup {
+    /// Whether a ranking decides anything.
+    pub(super) fn is_mixed(&self) -> bool {
+        let right = self.candidates.iter().filter(|c| c.right).count();
+        (1..self.candidates.len()).contains(&right)
+    }
+
+    fn key(&self) -> (String, u32, bool, usize) {
+        (
+            self.problem.clone(),
+            self.repeat,
+            self.same,
+            self.permutation,
+        )
+    }
+}
+
+/// Shows every mixed group to the judge, in every order asked for. The others come back as they are.
 fn judge<B: Backend>(
     session: &Session<B>,
     config: &Config,
     run: &RunFolder,
     stage: &str,
     tasks: &[Task],
-    candidates: &[Candidate],
-    verdicts: &[Option<Verdict>],
+    groups: Vec<JudgedGroup>,
 ) -> Result<Vec<JudgedGroup>> {
-    let name = format!("eval-{stage}-judgments.jsonl");
-    let mut partial = run.resume::<JudgedGroup>(&name)?;
-    let done: HashSet<(String, u32, usize)> = partial
-        .lines
-        .iter()
-        .map(|j| (j.problem.clone(), j.repeat, j.permutation))
-        .collect();
+    let mut partial = run.resume::<JudgedGroup>(&format!("eval-{stage}-judgments.jsonl"))?;
+    let done: HashSet<_> = partial.lines.iter().map(JudgedGroup::key).collect();
     let by_id: BTreeMap<&str, &Task> = tasks.iter().map(|t| (t.id.as_str(), t)).collect();
+    let (mixed, alike): (Vec<_>, Vec<_>) = groups.into_iter().partition(JudgedGroup::is_mixed);
     let (mut questions, mut requests) = (Vec::new(), Vec::new());
-    let k = config.group.size;
-    for (members, verdicts) in candidates.chunks_exact(k).zip(verdicts.chunks_exact(k)) {
-        let problem = &members[0].problem;
-        let repeat = members[0].sample / k as u32;
-        let Some(task) = by_id.get(problem.as_str()) else {
+    for group in &mixed {
+        let Some(task) = by_id.get(group.problem.as_str()) else {
             continue;
         };
-        let programs: Vec<String> = members
-            .iter()
-            .map(|c| c.program.clone().unwrap_or_default())
-            .collect();
-        let shown: Vec<Shown> = programs
-            .iter()
-            .zip(members.iter().zip(verdicts))
-            .map(|(program, (candidate, verdict))| Shown {
-                program: program.clone(),
-                right: *verdict == Some(Verdict::Passed),
-                verdict: match verdict {
-                    Some(v) => serde_json::to_value(v)
-                        .ok()
-                        .and_then(|v| v.as_str().map(str::to_owned))
-                        .unwrap_or_default(),
-                    None => candidate.no_program.clone().unwrap_or_default(),
-                },
-            })
-            .collect();
-        let group = format!("eval/{problem}/{repeat}");
+        let programs: Vec<String> = group.candidates.iter().map(|c| c.program.clone()).collect();
+        // The same name before and after: the same orders and seeds.
+        let name = format!("eval/{}/{}", group.problem, group.repeat);
         for permutation in 0..config.eval.permutations {
-            if done.contains(&(problem.clone(), repeat, permutation)) {
+            let group = JudgedGroup {
+                permutation,
+                ..group.clone()
+            };
+            if done.contains(&group.key()) {
                 continue;
             }
-            let question = Question::new(session, config, task, &programs, &group, permutation)?;
+            let question = Question::new(session, config, task, &programs, &name, permutation)?;
             requests.push(Request {
                 prompt: question.tokens.clone(),
                 samples: 1,
-                seed: derive_seed(config.seed, &[&group, &permutation.to_string()]),
+                seed: derive_seed(config.seed, &[&name, &permutation.to_string()]),
             });
-            questions.push((
-                question,
-                problem.clone(),
-                repeat,
-                permutation,
-                shown.clone(),
-            ));
+            questions.push((question, group));
         }
     }
     if !requests.is_empty() {
@@ -268,27 +334,22 @@ fn judge<B: Backend>(
             &config.eval.sampling.settings(config.judge.max_tokens),
             Until::Strings(&config.judge.stop),
             |completion| {
-                let (question, problem, repeat, permutation, candidates) =
-                    &questions[completion.request];
+                let (question, group) = &questions[completion.request];
                 let text = session.text(&completion.tokens);
-                let read = question.read(config, thinking, &text);
+                let read = question.read(config, thinking, &text, completion.finish);
                 partial.push(JudgedGroup {
-                    problem: problem.clone(),
-                    repeat: *repeat,
-                    permutation: *permutation,
-                    candidates: candidates.clone(),
                     text: format!("{}{text}", config.judge.prefix),
                     invalid: read.as_ref().err().map(ToString::to_string),
                     first: read.as_ref().ok().map(|r| r.1),
                     ranking: read.ok().map(|r| r.0),
+                    ..group.clone()
                 })
             },
         )?;
     }
     let mut all = partial.lines;
-    all.sort_by(|a, b| {
-        (&a.problem, a.repeat, a.permutation).cmp(&(&b.problem, b.repeat, b.permutation))
-    });
+    all.extend(alike);
+    all.sort_by_key(JudgedGroup::key);
     Ok(all)
 }
 
@@ -297,7 +358,18 @@ fn summarise(
     candidates: &[Candidate],
     verdicts: &[Option<Verdict>],
     judgments: &[JudgedGroup],
+    is_before: bool,
 ) -> Problem {
+    let of = |same: bool| {
+        let own = judgments
+            .iter()
+            .filter(|j| j.problem == task.id && j.same == same);
+        own.map(|j| Judgment {
+            labels: j.candidates.iter().map(|c| c.right).collect(),
+            ranking: j.ranking.clone(),
+        })
+        .collect()
+    };
     let own: Vec<bool> = candidates
         .iter()
         .zip(verdicts)
@@ -309,13 +381,7 @@ fn summarise(
         difficulty: task.difficulty,
         samples: own.len(),
         passed: own.iter().filter(|&&p| p).count(),
-        judgments: judgments
-            .iter()
-            .filter(|j| j.problem == task.id)
-            .map(|j| Judgment {
-                labels: j.candidates.iter().map(|c| c.right).collect(),
-                ranking: j.ranking.clone(),
-            })
-            .collect(),
+        judgments: of(false),
+        same: of(!is_before),
     }
 }

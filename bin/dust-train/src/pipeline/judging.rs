@@ -1,7 +1,8 @@
 //! Asking the judge and reading its answer: the same in training and in the evaluation.
 
 use super::{Config, Session, bad_input};
-use crate::judge::{Invalid, Permutation, parse, prompt};
+use crate::judge::{Invalid, Permutation, examples, prompt, read};
+use crate::rollout::Finish;
 use crate::tasks::Task;
 use anyhow::Result;
 use dust_kernels::Backend;
@@ -23,10 +24,10 @@ impl Question {
         index: usize,
     ) -> Result<Self> {
         let order = Permutation::seeded(programs.len(), config.seed, group, index);
-        let name = format!("{group}/examples");
-        let examples: Vec<Permutation> = (0..config.judge.examples)
-            .map(|i| Permutation::seeded(programs.len(), config.seed, &name, index + i))
-            .collect();
+        let count = config.judge.examples;
+        let examples = examples(count, programs.len(), config.seed, group, index);
+        // What the sandbox runs.
+        let programs: Vec<String> = programs.iter().map(|code| task.program(code)).collect();
         let shown: Vec<&str> = programs.iter().map(String::as_str).collect();
         Ok(Self {
             tokens: session.encode(
@@ -37,16 +38,18 @@ impl Question {
         })
     }
 
-    /// The candidates from best to worst, as an answer ranks them, and the position picked first.
+    /// The candidates from best to worst, as a finished answer ranks them, and the position picked
+    /// first.
     pub fn read(
         &self,
         config: &Config,
         thinking: bool,
         answer: &str,
+        finish: Finish,
     ) -> Result<(Vec<usize>, usize), Invalid> {
         let text = format!("{}{answer}", config.judge.prefix);
         let k = self.order.shown().len();
-        let positions = parse(&text, k, thinking, config.judge.parse)?;
+        let positions = read(&text, k, thinking, config.judge.parse, finish)?;
         Ok((self.order.candidates(&positions), positions[0]))
     }
 

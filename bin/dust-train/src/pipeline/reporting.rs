@@ -52,9 +52,10 @@ pub fn report(config: &Config, run: &RunFolder) -> Result<()> {
     let data = ReportData {
         title: format!("DuST: {}", config.model.path),
         subtitle: format!(
-            "{} steps of GRPO on rankings, measured on {} held-out problems with {} x {} fresh \
-             programs each, before and after.",
+            "{} steps of {}, measured on {} held-out problems with {} x {} fresh programs each, \
+             before and after.",
             steps.len(),
+            taught(&steps),
             before.problems.len(),
             config.eval.repeats,
             config.group.size
@@ -62,8 +63,8 @@ pub fn report(config: &Config, run: &RunFolder) -> Result<()> {
         candidates: config.group.size,
         rows: compare(&before.problems, &after.problems, config.seed),
         steps: steps.iter().map(step).collect(),
-        picked_first_before: histogram(&before, config.group.size),
-        picked_first_after: histogram(&after, config.group.size),
+        picked_first_before: histogram(&before, false, config.group.size),
+        picked_first_after: histogram(&after, true, config.group.size),
         examples: examples(&before, &after, &statements),
         manifest: facts(config, &manifest, &steps)?,
     };
@@ -74,14 +75,16 @@ pub fn report(config: &Config, run: &RunFolder) -> Result<()> {
     Ok(())
 }
 
-/// The headline over all problems, for the terminal: percent, with 95 % intervals.
+/// The headline over all problems, for the terminal: how many problems count, and percent with 95 %
+/// intervals.
 pub fn table(rows: &[Row], size: usize) -> String {
     let mut text = String::new();
     let problems = rows.first().map_or(0, |r| r.problems);
     let _ = writeln!(
         text,
-        "{:<26} {:>22} {:>22} {:>24}",
+        "{:<26} {:>4} {:>22} {:>22} {:>24}",
         format!("{problems} held-out problems, %"),
+        "n",
         "before",
         "after",
         "change"
@@ -90,7 +93,8 @@ pub fn table(rows: &[Row], size: usize) -> String {
         let name = report::name(row.metric, size);
         let _ = writeln!(
             text,
-            "{name:<26} {:>22} {:>22} {:>24}",
+            "{name:<26} {:>4} {:>22} {:>22} {:>24}",
+            row.problems,
             cell(&row.before, false),
             cell(&row.after, false),
             cell(&row.change, true)
@@ -117,6 +121,7 @@ fn step(m: &StepMetrics) -> Step {
         step: m.step,
         reward_mean: m.reward_mean,
         reward_std: m.reward_std,
+        pair_accuracy: m.pair_accuracy,
         zero_variance: m.zero_variance,
         invalid: m.invalid,
         entropy: m.entropy,
@@ -127,9 +132,11 @@ fn step(m: &StepMetrics) -> Step {
     }
 }
 
-fn histogram(file: &EvalFile, size: usize) -> Vec<usize> {
+/// How often each position was picked first, in the groups that the model before training wrote.
+fn histogram(file: &EvalFile, same: bool, size: usize) -> Vec<usize> {
     let mut counts = vec![0; size];
-    for first in file.judgments.iter().filter_map(|j| j.first) {
+    let judgments = file.judgments.iter().filter(|j| j.same == same);
+    for first in judgments.filter_map(|j| j.first) {
         if let Some(count) = counts.get_mut(first) {
             *count += 1;
         }
@@ -137,24 +144,27 @@ fn histogram(file: &EvalFile, size: usize) -> Vec<usize> {
     counts
 }
 
-/// Judgments of mixed groups, before and after side by side. The two models write different
-/// programs, so each side has its own; a problem is shown if both sides have a mixed group.
+/// What the steps taught, in words.
+fn taught(steps: &[StepMetrics]) -> String {
+    let mut lessons: Vec<&str> = steps.iter().map(|s| s.lesson.describe()).collect();
+    lessons.dedup();
+    lessons.truncate(2);
+    lessons.join(", then ")
+}
+
+/// Judgments of the same mixed groups, before and after side by side.
 fn examples(before: &EvalFile, after: &EvalFile, statements: &HashMap<&str, &str>) -> Vec<Example> {
-    let mixed = |j: &&JudgedGroup| {
-        j.candidates.iter().any(|c| c.right) && !j.candidates.iter().all(|c| c.right)
-    };
     let mut seen = std::collections::HashSet::new();
     before
         .judgments
         .iter()
-        .filter(mixed)
-        .filter(|b| seen.insert(b.problem.as_str()))
+        .filter(|b| b.is_mixed() && seen.insert(b.problem.as_str()))
         .filter_map(|b| {
-            let a = after
-                .judgments
-                .iter()
-                .filter(mixed)
-                .find(|a| a.problem == b.problem)?;
+            let a = after.judgments.iter().find(|a| {
+                a.same
+                    && (&a.problem, a.repeat, a.permutation)
+                        == (&b.problem, b.repeat, b.permutation)
+            })?;
             Some(Example {
                 id: b.problem.clone(),
                 statement: statements

@@ -34,11 +34,9 @@ pub fn headline(data: &ReportData) -> String {
         ("random", value(Metric::Random)),
         ("oracle", value(Metric::Oracle)),
     ];
-    let pairs = [
-        pair(Metric::Pass1, "the generator"),
-        pair(Metric::NdcgMixed, "the judge"),
-        best,
-    ];
+    let mut judge = pair(Metric::NdcgMixed, "the judge, on the same programs");
+    judge.marks = vec![("random", value(Metric::NdcgRandom))];
+    let pairs = [pair(Metric::Pass1, "the generator"), judge, best];
     grouped(&pairs, 340.0, None, "Before and after training")
 }
 
@@ -184,7 +182,15 @@ pub fn curves(steps: &[Step]) -> Vec<String> {
         return Vec::new();
     }
     let charts: [(&str, &[Series]); 6] = [
-        ("Reward of a judgment, mean", &[("", |s| s.reward_mean)]),
+        (
+            "Reward, mean",
+            &[
+                ("all answers", |s| s.reward_mean),
+                ("pairs in order, valid", |s| {
+                    s.pair_accuracy.unwrap_or(f64::NAN)
+                }),
+            ],
+        ),
         (
             "Share of prompts and judgments",
             &[

@@ -46,6 +46,8 @@ pub struct Step {
     pub reward_mean: f64,
     /// Their standard deviation.
     pub reward_std: f64,
+    /// Mean pairwise accuracy of the valid rankings; none if there is no such.
+    pub pair_accuracy: Option<f64>,
     /// Share of prompts whose judgments all had the same reward.
     pub zero_variance: f64,
     /// Share of judgments without a valid ranking.
@@ -84,7 +86,7 @@ pub struct Candidate {
     pub right: bool,
 }
 
-/// A group of candidates and the judgment of it. The model's programs differ before and after.
+/// A group of candidates and the judgment of it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Shown {
     /// The candidates.
@@ -137,6 +139,7 @@ fn headline(metric: Metric) -> bool {
         metric,
         Metric::Pass1
             | Metric::NdcgMixed
+            | Metric::NdcgRandom
             | Metric::PairAccuracy
             | Metric::BestOfN
             | Metric::Random
@@ -155,6 +158,7 @@ pub fn name(metric: Metric, n: usize) -> String {
         Metric::Pass1 => "pass@1".to_owned(),
         Metric::Ndcg => "NDCG, all groups".to_owned(),
         Metric::NdcgMixed => "NDCG, mixed groups".to_owned(),
+        Metric::NdcgRandom => "NDCG, random order".to_owned(),
         Metric::PairAccuracy => "Pairwise accuracy".to_owned(),
         Metric::BestOfN => format!("Best-of-{n}, by the judge"),
         Metric::Random => format!("Best-of-{n}, random pick"),
@@ -183,12 +187,19 @@ fn table_row(data: &ReportData, row: &Row) -> Value {
             context! { value => number(e.value), low => number(e.low), high => number(e.high) }
         })
     };
-    // Coloured only where the interval excludes zero and more is better or worse.
+    // Coloured only where the interval excludes zero and more is better or worse. Over a handful of
+    // problems, a bootstrap's interval is too narrow to say so.
     let tone = match (row.metric, &row.change) {
         (
-            Metric::Random | Metric::Oracle | Metric::AllRight | Metric::AllWrong | Metric::Mixed,
+            Metric::NdcgRandom
+            | Metric::Random
+            | Metric::Oracle
+            | Metric::AllRight
+            | Metric::AllWrong
+            | Metric::Mixed,
             _,
         ) => "",
+        _ if row.problems < 10 => "",
         (metric, Some(e)) if e.low > 0.0 || e.high < 0.0 => {
             if (e.low > 0.0) == (metric != Metric::Invalid) {
                 "good"
@@ -202,7 +213,7 @@ fn table_row(data: &ReportData, row: &Row) -> Value {
         name => name(row.metric, data.candidates),
         stratum => row.difficulty.map(|d| d.to_string()),
         problems => row.problems,
-        baseline => matches!(row.metric, Metric::Random | Metric::Oracle),
+        baseline => matches!(row.metric, Metric::NdcgRandom | Metric::Random | Metric::Oracle),
         before => cell(&row.before, false),
         after => cell(&row.after, false),
         change => cell(&row.change, true),

@@ -12,15 +12,17 @@ fn side(shift: usize) -> Vec<Problem> {
             let labels: Vec<bool> = (0..4).map(|c| c < right).collect();
             let mut ranking: Vec<usize> = (0..4).collect();
             ranking.rotate_left((i / 3 + shift) % (4 - shift));
+            let judgment = Judgment {
+                labels,
+                ranking: (i % 7 != shift).then_some(ranking),
+            };
             Problem {
                 id: format!("p{i}"),
                 difficulty: Some([Difficulty::Easy, Difficulty::Medium, Difficulty::Hard][i % 3]),
                 samples: 4,
                 passed: right,
-                judgments: vec![Judgment {
-                    labels,
-                    ranking: (i % 7 != shift).then_some(ranking),
-                }],
+                judgments: vec![judgment.clone()],
+                same: vec![judgment],
             }
         })
         .collect()
@@ -51,6 +53,7 @@ fn data() -> ReportData {
                     step,
                     reward_mean: 0.1 + 0.4 * t + 0.2 * wave,
                     reward_std: 0.4,
+                    pair_accuracy: (step != 9).then_some(0.5 + 0.2 * t),
                     zero_variance: 0.3 - 0.1 * t + 0.1 * wave,
                     invalid: (0.4 - 0.5 * t).max(0.0),
                     entropy: 0.9 - 0.3 * t,

@@ -17,7 +17,7 @@ use crate::text::Tokenizer;
 use anyhow::{Result, bail, ensure};
 use dust_kernels::{
     Backend,
-    attention::{CHUNK, PagedBatch, PagedSequence},
+    attention::{PAGE, PagedBatch, PagedSequence},
     sampling::RowSampling,
 };
 use pages::Pages;
@@ -122,7 +122,7 @@ impl EngineConfig {
         Self {
             max_batch,
             prefill_tokens: 256,
-            cache_tokens: (max_batch + 1) * longest.next_multiple_of(CHUNK),
+            cache_tokens: (max_batch + 1) * longest.next_multiple_of(PAGE),
         }
     }
 }
@@ -210,7 +210,7 @@ impl<B: Backend> Engine<B> {
             config.max_batch > 0 && config.prefill_tokens > 0,
             "an engine needs room for one sample and one prompt token at least"
         );
-        let pages = config.cache_tokens.div_ceil(CHUNK);
+        let pages = config.cache_tokens.div_ceil(PAGE);
         let rows = config.max_batch + config.prefill_tokens;
         let batch = config.max_batch;
         Ok(Self {
@@ -411,7 +411,7 @@ impl<B: Backend> Run<'_, B> {
             self.next += 1;
             return true;
         }
-        let pages = (request.prompt.len() - 1).div_ceil(CHUNK);
+        let pages = (request.prompt.len() - 1).div_ceil(PAGE);
         let Some(pages) = self.engine.pages.take(pages) else {
             return false;
         };
@@ -437,12 +437,12 @@ impl<B: Backend> Run<'_, B> {
         let context = self.model.max_positions() - prompt.tokens.len();
         let limit = self.settings.max_tokens.min(context).max(1);
         // The last token of an answer is never run, so it needs no place.
-        let total = (prompt.to_cache() + limit).div_ceil(CHUNK);
-        let shared = prompt.to_cache() / CHUNK;
+        let total = (prompt.to_cache() + limit).div_ceil(PAGE);
+        let shared = prompt.to_cache() / PAGE;
         let Some(own) = engine.pages.take(total - shared) else {
             return Ok(false);
         };
-        let partial = prompt.to_cache() % CHUNK;
+        let partial = prompt.to_cache() % PAGE;
         if partial > 0 {
             let width = self.model.heads().kv_width();
             engine
@@ -486,10 +486,10 @@ impl<B: Backend> Run<'_, B> {
                 context: to as u32,
                 first_page: table.len() as u32,
             });
-            table.extend_from_slice(&pages[..to.div_ceil(CHUNK)]);
+            table.extend_from_slice(&pages[..to.div_ceil(PAGE)]);
             tokens.extend_from_slice(inputs);
             positions.extend((from..to).map(|p| p as u32));
-            slots.extend((from..to).map(|p| pages[p / CHUNK] * CHUNK as u32 + (p % CHUNK) as u32));
+            slots.extend((from..to).map(|p| pages[p / PAGE] * PAGE as u32 + (p % PAGE) as u32));
         };
         for run in &self.running {
             add(&run.pages, &[run.input()], run.position());
@@ -510,9 +510,9 @@ impl<B: Backend> Run<'_, B> {
             batch,
             max_q_len: most(|s| s.q_len) as usize,
             // Rounded up, so that few recordings serve all lengths.
-            max_context: CHUNK
+            max_context: PAGE
                 * (most(|s| s.context) as usize)
-                    .div_ceil(CHUNK)
+                    .div_ceil(PAGE)
                     .next_power_of_two(),
         };
         let params: Vec<RowSampling> = self

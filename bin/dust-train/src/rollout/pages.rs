@@ -1,7 +1,7 @@
 //! The pages of the key/value cache: who holds which, counted.
 
 use anyhow::Result;
-use dust_kernels::{Backend, attention::CHUNK};
+use dust_kernels::{Backend, attention::PAGE};
 
 use crate::model::{LayerCache, Model};
 
@@ -14,7 +14,7 @@ pub(super) struct Pages<B: Backend> {
 
 impl<B: Backend> Pages<B> {
     pub fn new(device: &B, model: &Model<B>, pages: usize) -> Result<Self> {
-        let elements = pages * CHUNK * model.heads().kv_width();
+        let elements = pages * PAGE * model.heads().kv_width();
         let cache = (0..model.config.layers)
             .map(|_| Ok((device.zeros(elements)?, device.zeros(elements)?)))
             .collect::<Result<_>>()?;
@@ -62,7 +62,7 @@ impl<B: Backend> Pages<B> {
         tokens: usize,
         width: usize,
     ) -> Result<()> {
-        let start = |page: u32| page as usize * CHUNK * width;
+        let start = |page: u32| page as usize * PAGE * width;
         for (k, v) in &mut self.cache {
             for buffer in [k, v] {
                 device.copy_within(buffer, start(from), start(to), tokens * width)?;

@@ -45,7 +45,8 @@ pub(super) fn judge<B: Backend>(
     let mut valid = Vec::new();
     for ((group, question), answers) in groups.iter().zip(&questions).zip(&answers) {
         for answer in answers {
-            let read = question.read(config, thinking, &session.text(&answer.tokens));
+            let text = session.text(&answer.tokens);
+            let read = question.read(config, thinking, &text, answer.finish);
             valid.push(read.is_ok());
             match read {
                 Ok((ranking, first)) => {

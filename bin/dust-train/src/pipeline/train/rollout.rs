@@ -22,6 +22,17 @@ pub enum Lesson {
     Imitation,
 }
 
+impl Lesson {
+    /// In the words of a report.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Self::Ranking => "GRPO on rankings",
+            Self::Generation => "GRPO on programs",
+            Self::Imitation => "imitation of right rankings",
+        }
+    }
+}
+
 /// The answers to one prompt.
 pub(super) struct Answered {
     pub prompt: Vec<u32>,
