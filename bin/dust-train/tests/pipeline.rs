@@ -160,6 +160,17 @@ fn all_stages_run_and_their_files_fit() {
     let output = compare(&other);
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("groups_sha256"));
+    fs::write(other.join("manifest.json"), manifest).unwrap();
+    let eval = fs::read_to_string(other.join("eval-after.json")).unwrap();
+    let changed = eval.replace("judge.max_tokens = 3", "judge.max_tokens = 4");
+    fs::write(other.join("eval-after.json"), changed).unwrap();
+    let output = compare(&other);
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        error.contains("measured otherwise (judge.max_tokens = 4)"),
+        "{error}"
+    );
     // The trained model is a model like any other.
     let trained = Checkpoint::open(run.join("model").to_str().unwrap()).unwrap();
     assert_eq!(trained.config().layers, 2);
@@ -168,6 +179,78 @@ fn all_stages_run_and_their_files_fit() {
     succeed("run", &run);
     let after = fs::metadata(run.join("model/model.safetensors")).unwrap();
     assert_eq!(before.modified().unwrap(), after.modified().unwrap());
+    // What a stage has used is frozen, and nothing else.
+    let with = |field: &str| {
+        let mut command = command("run", &run);
+        command.args(["--set", field]).output().unwrap()
+    };
+    let output = with("train.learning_rate=0.5");
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(
+        error.contains("train.learning_rate was 0.001 when `train`, `eval --after` ran"),
+        "{error}"
+    );
+    assert!(with("model.batch=3").status.success());
+    assert!(with("train.checkpoint_every=1").status.success());
+}
+
+#[test]
+fn seeds_of_one_arm_share_groups_and_are_compared() {
+    let dir = tempfile::tempdir().unwrap();
+    let one = begin(dir.path(), "one", 1);
+    succeed("run", &one);
+    let groups = one.join("groups.jsonl");
+    let two = |file: &Path, seed: &str| {
+        let run = dir.path().join("two");
+        fs::copy(one.with_extension("toml"), run.with_extension("toml")).unwrap();
+        let mut command = command("run", &run);
+        command.arg("--groups").arg(file).args(["--set", seed]);
+        command.output().unwrap()
+    };
+    let refuse = |file: &Path, seed: &str, words: &str| {
+        let output = two(file, seed);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(words), "{error}");
+        assert!(!dir.path().join("two/groups.jsonl").exists());
+    };
+    // A problem that is measured must not be trained on, whatever its file says.
+    let text = fs::read_to_string(&groups).unwrap();
+    let held_out = builtin().unwrap();
+    let held_out = held_out.iter().find(|t| t.split == Some(Split::HeldOut));
+    let mut group: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    group["problem"] = json!(held_out.unwrap().id);
+    let bad = dir.path().join("bad.jsonl");
+    fs::write(&bad, format!("{text}{group}\n")).unwrap();
+    refuse(&bad, "train.seed=2", "line 4: problem: ");
+    fs::write(&bad, "").unwrap();
+    refuse(&bad, "train.seed=2", "holds no group");
+    refuse(&groups, "group.size=3", "line 1: has 4 programs");
+
+    let output = two(&groups, "train.seed=2");
+    assert!(output.status.success(), "{output:?}");
+    let two = dir.path().join("two");
+    assert!(!two.join("candidates.jsonl").exists());
+    let manifest = fs::read_to_string(two.join("manifest.json")).unwrap();
+    assert!(manifest.contains("\"sandbox\""), "{manifest}");
+    assert_eq!(
+        fs::read(two.join("groups.jsonl")).unwrap(),
+        fs::read(&groups).unwrap()
+    );
+    let judgments = |run: &Path| log(run)[0].clone();
+    assert_ne!(judgments(&one), judgments(&two), "the seed changes nothing");
+    let before = |run: &Path| fs::read(run.join("eval-before.json")).unwrap();
+    assert!(
+        before(&one) == before(&two),
+        "the seed of training changes the measurement"
+    );
+    let output = Command::new(env!("CARGO_BIN_EXE_dust-train"))
+        .arg("compare")
+        .args([&one, &two])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[test]
@@ -208,6 +291,51 @@ fn a_killed_training_goes_on_to_the_same_bits() {
 }
 
 #[test]
+fn a_training_that_was_killed_at_its_very_end_is_completed() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = grouped(dir.path(), "run", "steps = 10000\nlearning_rate = 1e-3");
+    let mut child = command("train", &run)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let partial = run.join("metrics.jsonl.partial");
+    let steps = || fs::read_to_string(&partial).map_or(0, |text| text.lines().count());
+    let start = Instant::now();
+    while steps() < 1 {
+        assert!(start.elapsed() < Duration::from_secs(120));
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let status = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    let done = steps();
+    let mut fewer = command("train", &run);
+    fewer.args(["--set", &format!("train.steps={}", done - 1)]);
+    let output = fewer.output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("raise it"));
+    // Nothing is left but the last line and the folder: as if it had been the last step.
+    fs::rename(&partial, run.join("metrics.jsonl")).unwrap();
+    let finish = || {
+        let mut command = command("train", &run);
+        command.args(["--set", &format!("train.steps={done}")]);
+        let output = command.output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{error}");
+    };
+    finish();
+    assert_eq!(log(&run).len(), done);
+    assert!(run.join("model").exists() && !run.join("state.safetensors").exists());
+    // The same with a kill between the folder and the removal of the checkpoint.
+    fs::write(run.join("state.safetensors"), "moments").unwrap();
+    finish();
+    assert!(!run.join("state.safetensors").exists());
+}
+
+#[test]
 fn bad_input_is_one_line_and_status_2() {
     let dir = tempfile::tempdir().unwrap();
     let run = begin(dir.path(), "run", 1);
@@ -225,7 +353,6 @@ fn bad_input_is_one_line_and_status_2() {
         command.args(["--set", field]);
         command
     };
-    refuse(with("train.steps=9"), "another configuration");
     refuse(with("train.judgments=1"), "train.judgments");
     refuse(with("train.nonsense=1"), "nonsense");
     fs::write(run.join("candidates.jsonl"), "{\"problem\": 3}\n").unwrap();
@@ -236,6 +363,27 @@ fn bad_input_is_one_line_and_status_2() {
     missing.args(["--config", "/nowhere.toml"]);
     // clap refuses a repeated option before the file is looked for.
     refuse(missing, "--config");
+}
+
+#[test]
+fn programs_without_a_verdict_are_run_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = begin(dir.path(), "run", 1);
+    let partial: String = fs::read_to_string(run.join("candidates.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| {
+            let line: Value = serde_json::from_str(line).unwrap();
+            let (problem, sample) = (&line["problem"], &line["sample"]);
+            let trouble = json!({"problem": problem, "sample": sample, "verdict": "infra_error"});
+            format!("{trouble}\n")
+        })
+        .collect();
+    fs::write(run.join("verdicts.jsonl.partial"), partial).unwrap();
+    succeed("label", &run);
+    let verdicts = fs::read_to_string(run.join("verdicts.jsonl")).unwrap();
+    assert_eq!(verdicts.matches("passed").count(), 6, "{verdicts}");
+    assert_eq!(verdicts.lines().count(), 12, "{verdicts}");
 }
 
 #[test]
@@ -282,7 +430,44 @@ fn imitation_lowers_the_loss_and_grpo_follows() {
     assert_eq!(lessons, [vec!["imitation"; 6], vec!["ranking"]].concat());
     let loss = |step: usize| log[step]["loss"].as_f64().unwrap();
     assert!(loss(5) < 0.7 * loss(0), "{} {}", loss(0), loss(5));
+    for line in &log[..6] {
+        assert_eq!(
+            (&line["pair_accuracy"], &line["zero_variance"]),
+            (&Value::Null, &json!(0.0))
+        );
+        assert!(line.get("kl").is_none(), "imitation has no KL term: {line}");
+    }
+    assert!(log[6]["kl"].as_f64().unwrap() > 0.0);
     assert_eq!(log[6]["mismatch"], 0.0);
+}
+
+#[test]
+fn answers_longer_than_a_micro_batch_are_trained_on_one_at_a_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let train = "steps = 1\nkl_coef = 0\nlearning_rate = 1e-3";
+    let run = grouped(dir.path(), "whole", train);
+    let cut = grouped(dir.path(), "cut", train);
+    let config = cut.with_extension("toml");
+    let text = fs::read_to_string(&config).unwrap();
+    // Enough short judgments that some are valid: only then there is a gradient.
+    let text = text.replace("judgments = 2", "judgments = 24");
+    let text = text.replace("max_tokens = 3", "max_tokens = 1\nparse = \"lenient\"");
+    fs::write(run.with_extension("toml"), &text).unwrap();
+    let text = text.replace("micro_batch_tokens = 8192", "micro_batch_tokens = 1");
+    fs::write(&config, text).unwrap();
+    succeed("train", &run);
+    succeed("train", &cut);
+    let (whole, cut) = (&log(&run)[0], &log(&cut)[0]);
+    assert!(
+        whole.get("kl").is_none(),
+        "no KL term, no reference: {whole}"
+    );
+    assert_eq!(cut["mismatch"], 0.0);
+    assert!(whole["grad_norm"].as_f64().unwrap() > 1e-3, "{whole}");
+    for name in ["reward_mean", "loss", "grad_norm", "entropy"] {
+        let (a, b) = (whole[name].as_f64().unwrap(), cut[name].as_f64().unwrap());
+        assert!((a - b).abs() < 1e-4 * a.abs().max(1e-2), "{name}: {a} {b}");
+    }
 }
 
 #[test]
@@ -307,11 +492,19 @@ fn arms_that_write_programs_draw_and_run_them() {
             (&json!(1.0), &json!(0.0))
         );
     }
-    let run = grouped(dir.path(), "fresh", &train("on_policy_ranking"));
+    let train = "arm = \"on_policy_ranking\"\nsft_steps = 1\nsteps = 2\nlearning_rate = 1e-3";
+    let run = begin_with(dir.path(), "fresh", train);
+    let config = run.with_extension("toml");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("Ranking: 2 > 1 > 4 > 3", "Ranking:")).unwrap();
+    succeed("label", &run);
+    succeed("group", &run);
     let output = command("train", &run).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(error.contains("no mixed group"), "{error}");
+    // The step before it is not lost, although no checkpoint was due.
+    assert!(run.join("state.safetensors").exists());
 }
 
 #[test]
@@ -331,10 +524,17 @@ fn refilling_leaves_out_what_teaches_nothing() {
         succeed(stage, &run);
     }
     let mut updates = 0;
+    let mut left_out = 0;
     for line in log(&run) {
-        assert_eq!(line["zero_variance"], 0.0, "{line}");
+        let number = |name: &str| line[name].as_u64().unwrap();
         assert_eq!(line["mismatch"], 0.0, "{line}");
-        updates += line["updates"].as_u64().unwrap();
+        // Two groups a step in mini-batches of one, two epochs.
+        assert_eq!(number("updates"), 2 * number("groups"), "{line}");
+        // What is left out for want of contrast is still logged.
+        let alike = line["zero_variance"].as_f64().unwrap() * number("groups_drawn") as f64;
+        assert!(alike <= (number("groups_drawn") - number("groups")) as f64 + 1e-9);
+        updates += number("updates");
+        left_out += number("groups_drawn") - number("groups");
     }
-    assert!(updates > 0, "no group was left");
+    assert!(updates > 0 && left_out > 0, "{updates} {left_out}");
 }

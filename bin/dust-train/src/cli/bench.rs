@@ -179,6 +179,7 @@ fn decode<B: Backend>(
     let stops = Stops {
         tokens: &[],
         strings: &[],
+        block: false,
         tokenizer: &loaded.tokenizer,
     };
     let time = median(rounds, || {

@@ -150,6 +150,7 @@ fn draw<B: Backend>(
     let stops = Stops {
         tokens: loaded.tokenizer.eos_ids(),
         strings: stop,
+        block: false,
         tokenizer: &loaded.tokenizer,
     };
     let start = Instant::now();

@@ -70,7 +70,7 @@ enum Command {
     /// Stage 3: keeps the groups that hold right and wrong candidates.
     Group(stages::StageArgs),
     /// Stage 4: trains the model to rank the candidates of a group (GRPO).
-    Train(stages::StageArgs),
+    Train(stages::TrainArgs),
     Eval(stages::EvalArgs),
     /// Stage 6: writes report.html and prints the headline.
     Report(stages::StageArgs),

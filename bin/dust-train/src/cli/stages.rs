@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use dust_kernels::Backend;
 
@@ -18,7 +18,7 @@ pub(super) struct StageArgs {
     #[arg(long = "run", value_name = "DIR")]
     folder: PathBuf,
 
-    /// The configuration (TOML); left out: that of the run folder.
+    /// The configuration (TOML); left out: the one that the run folder was last opened with.
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
 
@@ -26,8 +26,8 @@ pub(super) struct StageArgs {
     #[arg(long = "set", value_name = "FIELD=VALUE")]
     set: Vec<String>,
 
-    /// `allow-weak=LAYER`: label although this layer of the sandbox is missing. Recorded in the
-    /// manifest.
+    /// `allow-weak=LAYER`: run programs although this layer of the sandbox is missing. Holds for this
+    /// call; what was in force is recorded in the manifest.
     #[arg(long, value_name = "allow-weak=LAYER", value_parser = weak_layer)]
     sandbox: Vec<Layer>,
 }
@@ -35,13 +35,26 @@ pub(super) struct StageArgs {
 /// All stages of DuST: sample, label, group, eval, train, eval again, report.
 ///
 /// A stage whose files are in the run folder is skipped, and one that was cut short goes on where it
-/// stopped: Ctrl-C or a crash loses nothing but the step at hand.
+/// stopped: Ctrl-C loses nothing but the answers at hand, and a crash at most the training steps of
+/// the last ten minutes.
 ///
 /// Example: dust-train run --config configs/demo.toml --run runs/demo
 #[derive(Args)]
 pub(super) struct RunArgs {
     #[command(flatten)]
+    train: TrainArgs,
+}
+
+/// What training is told.
+#[derive(Args)]
+pub(super) struct TrainArgs {
+    #[command(flatten)]
     stage: StageArgs,
+
+    /// Train on the groups of another run (its groups.jsonl), so that arms and seeds can be compared;
+    /// no candidates are drawn.
+    #[arg(long, value_name = "FILE")]
+    groups: Option<PathBuf>,
 }
 
 /// Measures pass@1, NDCG and Best-of-N on the held-out problems.
@@ -78,7 +91,7 @@ pub(super) enum Stage {
     Sample(StageArgs),
     Label(StageArgs),
     Group(StageArgs),
-    Train(StageArgs),
+    Train(TrainArgs),
     Eval(EvalArgs),
     Report(StageArgs),
     Run(RunArgs),
@@ -87,19 +100,20 @@ pub(super) enum Stage {
 /// Runs a stage.
 pub(super) fn run<B: Backend + Clone>(stage: &Stage, device: &B) -> Result<()> {
     let args = match stage {
-        Stage::Sample(args)
-        | Stage::Label(args)
-        | Stage::Group(args)
-        | Stage::Train(args)
-        | Stage::Report(args) => args,
+        Stage::Sample(args) | Stage::Label(args) | Stage::Group(args) | Stage::Report(args) => args,
         Stage::Eval(args) => &args.stage,
-        Stage::Run(args) => &args.stage,
+        Stage::Train(args) | Stage::Run(RunArgs { train: args }) => &args.stage,
     };
     let (config, folder) = open(args)?;
+    if let Stage::Train(args) | Stage::Run(RunArgs { train: args }) = stage
+        && let Some(file) = &args.groups
+    {
+        pipeline::share_groups(&config, &folder, file)?;
+    }
     match stage {
         Stage::Sample(_) => pipeline::sample(device, &config, &folder),
         Stage::Label(_) => pipeline::label(&config, &folder),
-        Stage::Group(_) => pipeline::group(&config, &folder).map(drop),
+        Stage::Group(_) => pipeline::group(&config, &folder),
         Stage::Train(_) => train::train(device, &config, &folder),
         Stage::Eval(args) => {
             let checkpoint = args.after.then_some(train::FINAL);
@@ -146,9 +160,9 @@ fn open(args: &StageArgs) -> Result<(Config, RunFolder)> {
         }
     };
     let mut config = Config::read_with(&path, &args.set)?;
+    let folder = pipeline::open_run(&args.folder, &config)?;
+    // Not part of the folder's configuration, so that no later call is weaker than it says.
     config.sandbox.allow_weak.extend(&args.sandbox);
-    let folder = pipeline::open_run(&args.folder, &config)
-        .with_context(|| format!("{}", args.folder.display()))?;
     Ok((config, folder))
 }
 

@@ -58,9 +58,13 @@ pub fn comparison(folders: &[PathBuf]) -> Result<String> {
     };
     for (folder, run) in folders.iter().zip(&runs) {
         let differs = if run.groups != first.groups {
-            "trained on other groups (groups_sha256)"
+            "trained on other groups (groups_sha256)".to_owned()
         } else if run.settings != first.settings {
-            "was evaluated with other settings ([eval])"
+            let lines =
+                |run: &Measured| run.settings.lines().map(str::to_owned).collect::<Vec<_>>();
+            let theirs = lines(first);
+            let line = lines(run).into_iter().find(|line| !theirs.contains(line));
+            format!("was measured otherwise ({})", line.unwrap_or_default())
         } else {
             continue;
         };

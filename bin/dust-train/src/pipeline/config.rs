@@ -15,7 +15,8 @@ use std::path::Path;
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// Key of every random number of the run.
+    /// Key of the random numbers of data and measurement: the split, the candidates, the groups, the
+    /// evaluation.
     pub seed: u64,
     /// The model.
     pub model: ModelSettings,
@@ -50,7 +51,8 @@ pub struct ModelSettings {
     pub recompute: bool,
     /// Samples that run at a time.
     pub batch: usize,
-    /// Most rows (tokens) of one forward and backward pass.
+    /// Rows (tokens) of one forward and backward pass. Groups are cut to fit; only a prompt with a
+    /// single answer that is longer runs in a pass of its own length.
     pub micro_batch_tokens: usize,
 }
 
@@ -77,9 +79,9 @@ pub struct TaskSettings {
     pub eval_source: Option<String>,
     /// Share of problems that are held out, where the problems do not say themselves.
     pub held_out: f64,
-    /// At most this many training problems; 0 for all.
+    /// At most this many training problems, chosen by a hash of `seed` and their names; 0 for all.
     pub max_train: usize,
-    /// At most this many held-out problems; 0 for all.
+    /// At most this many held-out problems, chosen alike; 0 for all.
     pub max_eval: usize,
 }
 
@@ -101,7 +103,8 @@ impl Default for TaskSettings {
 pub struct SampleSettings {
     /// Candidates a problem (M).
     pub candidates: u32,
-    /// Which fenced block of an answer is the program.
+    /// Which fenced block of an answer is the program. With `first` an answer ends with its first
+    /// block, unless the model can reason.
     pub extract: Rule,
     /// How tokens are drawn: `temperature`, `top_p`, `top_k`, `min_p`, `max_tokens`.
     pub sampling: SamplingSettings,
@@ -240,6 +243,9 @@ pub enum Aggregation {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TrainSettings {
+    /// Key of training's random numbers; left out: `seed`. Runs that differ in it alone are seeds of
+    /// one arm.
+    pub seed: Option<u64>,
     /// What is taught: `ranking`, `on_policy_ranking`, `generation` or `iterative`.
     pub arm: Arm,
     /// Steps of one kind before the other, in the arm `iterative`.
@@ -267,7 +273,7 @@ pub struct TrainSettings {
     pub std_advantages: bool,
     /// Added to that standard deviation.
     pub advantage_eps: f32,
-    /// Softmax temperature of the judgments.
+    /// Softmax temperature of the judgments; programs are written at `sample.sampling.temperature`.
     pub temperature: f32,
     /// Learning rate after the warm-up.
     pub learning_rate: f32,
@@ -289,17 +295,19 @@ pub struct TrainSettings {
     pub clip_high: f32,
     /// Dual clip for negative advantages; left out: none.
     pub dual_clip: Option<f32>,
-    /// Weight of the KL term to the frozen start of training.
+    /// Weight of the KL term to the frozen start of training; 0 spares the pass through it.
     pub kl_coef: f32,
     /// How token losses are averaged.
     pub aggregation: Aggregation,
-    /// Steps between two checkpoints; the last step always has one.
+    /// Steps between two checkpoints. The last step has one, and so has a step that ends ten minutes
+    /// after the last checkpoint.
     pub checkpoint_every: usize,
 }
 
 impl Default for TrainSettings {
     fn default() -> Self {
         Self {
+            seed: None,
             arm: Arm::Ranking,
             alternate: 50,
             sft_steps: 0,
@@ -446,6 +454,10 @@ impl Config {
     /// [`BadInput`](super::BadInput) that names the field.
     pub fn check(&self) -> Result<(), BadInput> {
         let t = &self.train;
+        let (drawn, measured) = (&self.sample.sampling, &self.eval.sampling);
+        let writes = matches!(t.arm, Arm::Generation | Arm::Iterative);
+        let share = |x: f32| x > 0.0 && x <= 1.0;
+        let at_least = |x: f32, least: f32| x.is_finite() && x >= least;
         let rules = [
             (
                 !self.model.path.is_empty(),
@@ -457,8 +469,32 @@ impl Config {
                 "group.size: must be from 2 to 64",
             ),
             (
-                self.sample.candidates > 0,
-                "sample.candidates: must be at least 1",
+                self.model.micro_batch_tokens > 0,
+                "model.micro_batch_tokens: must be at least 1",
+            ),
+            (
+                self.sample.candidates as usize >= self.group.size,
+                "sample.candidates: must be at least group.size",
+            ),
+            (
+                at_least(drawn.temperature, 0.0),
+                "sample.sampling.temperature: must not be negative",
+            ),
+            (
+                !writes || drawn.temperature > 0.0,
+                "sample.sampling.temperature: must be above 0 where train.arm writes programs",
+            ),
+            (
+                share(drawn.top_p),
+                "sample.sampling.top_p: must be above 0 and at most 1",
+            ),
+            (
+                (0.0..=1.0).contains(&drawn.min_p),
+                "sample.sampling.min_p: must be from 0 to 1",
+            ),
+            (
+                drawn.max_tokens > 0,
+                "sample.sampling.max_tokens: must be at least 1",
             ),
             (
                 (0.0..1.0).contains(&self.tasks.held_out),
@@ -476,20 +512,54 @@ impl Config {
             (t.mini_batch > 0, "train.mini_batch: must be at least 1"),
             (t.alternate > 0, "train.alternate: must be at least 1"),
             (t.epochs > 0, "train.epochs: must be at least 1"),
-            (t.temperature > 0.0, "train.temperature: must be above 0"),
             (
-                t.learning_rate.is_finite() && t.learning_rate >= 0.0,
+                t.invalid_reward.is_finite(),
+                "train.invalid_reward: must be a number",
+            ),
+            (
+                at_least(t.advantage_eps, 0.0),
+                "train.advantage_eps: must not be negative",
+            ),
+            (
+                t.temperature.is_finite() && t.temperature > 0.0,
+                "train.temperature: must be above 0",
+            ),
+            (
+                at_least(t.learning_rate, 0.0),
                 "train.learning_rate: must not be negative",
+            ),
+            (
+                at_least(t.weight_decay, 0.0),
+                "train.weight_decay: must not be negative",
+            ),
+            (
+                (0.0..1.0).contains(&t.beta1),
+                "train.beta1: must be at least 0 and below 1",
+            ),
+            (
+                (0.0..1.0).contains(&t.beta2),
+                "train.beta2: must be at least 0 and below 1",
+            ),
+            (
+                t.adam_eps.is_finite() && t.adam_eps > 0.0,
+                "train.adam_eps: must be above 0",
+            ),
+            (
+                at_least(t.kl_coef, 0.0),
+                "train.kl_coef: must not be negative",
             ),
             (
                 t.max_grad_norm > 0.0,
                 "train.max_grad_norm: must be above 0",
             ),
             (
-                t.clip_low >= 0.0 && t.clip_low <= 1.0,
+                (0.0..=1.0).contains(&t.clip_low),
                 "train.clip_low: must be from 0 to 1",
             ),
-            (t.clip_high >= 0.0, "train.clip_high: must not be negative"),
+            (
+                at_least(t.clip_high, 0.0),
+                "train.clip_high: must not be negative",
+            ),
             (
                 t.dual_clip.is_none_or(|c| c > 1.0),
                 "train.dual_clip: must be above 1",
@@ -502,6 +572,14 @@ impl Config {
             (
                 self.eval.permutations > 0,
                 "eval.permutations: must be at least 1",
+            ),
+            (
+                at_least(measured.temperature, 0.0),
+                "eval.sampling.temperature: must not be negative",
+            ),
+            (
+                share(measured.top_p),
+                "eval.sampling.top_p: must be above 0 and at most 1",
             ),
         ];
         if let Some((_, rule)) = rules.iter().find(|(holds, _)| !holds) {
@@ -536,4 +614,44 @@ fn override_field(table: &mut toml::Table, assignment: &str) -> Result<(), BadIn
 
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_would_fail_later_are_refused_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("run.toml");
+        std::fs::write(&file, "model.path = \"m\"\n").unwrap();
+        Config::read(&file).unwrap();
+        for set in [
+            "model.micro_batch_tokens=0",
+            "sample.candidates=3",
+            "sample.sampling.temperature=-1.0",
+            "sample.sampling.top_p=0.0",
+            "sample.sampling.min_p=2.0",
+            "sample.sampling.max_tokens=0",
+            "train.invalid_reward=nan",
+            "train.advantage_eps=-1.0",
+            "train.weight_decay=-0.1",
+            "train.beta1=1.0",
+            "train.beta2=nan",
+            "train.adam_eps=0.0",
+            "train.kl_coef=-0.1",
+            "train.clip_high=nan",
+            "eval.sampling.temperature=nan",
+            "eval.sampling.top_p=1.5",
+        ] {
+            let field = set.split_once('=').unwrap().0;
+            let error = Config::read_with(&file, &[set.to_owned()]).unwrap_err();
+            let text = error.to_string();
+            assert!(text.contains(&format!("{field}: must")), "{set}: {text}");
+        }
+        let greedy = "sample.sampling.temperature=0.0".to_owned();
+        Config::read_with(&file, std::slice::from_ref(&greedy)).unwrap();
+        let arm = "train.arm=iterative".to_owned();
+        assert!(Config::read_with(&file, &[greedy, arm]).is_err());
+    }
 }

@@ -7,7 +7,8 @@
 use super::bad_input;
 use super::judging::Question;
 use super::label::{open_sandbox, program, run_programs};
-use super::session::derive_seed;
+use super::session::{KeptEngine, Until, derive_seed};
+use super::stage::{Stage, measurement};
 use super::{Candidate, Config, Problems, RunFolder, Session};
 use crate::metrics::{Judgment, Problem};
 use crate::rollout::Request;
@@ -63,8 +64,8 @@ pub struct JudgedGroup {
 pub struct EvalFile {
     /// The model that was measured.
     pub model: String,
-    /// The settings' part that decides what is measured; evaluations that differ in it are not
-    /// compared.
+    /// All that decides what is measured, a line each: settings, and a hash of the problems;
+    /// evaluations that differ in it are not compared.
     pub settings: String,
     /// What the figures are computed from.
     pub problems: Vec<Problem>,
@@ -111,6 +112,10 @@ pub fn eval<B: Backend + Clone>(
         Some(_) => Some(run.read_json(BEFORE)?),
         None => None,
     };
+    match checkpoint {
+        Some(_) => Stage::EvalAfter.begin(run, config)?,
+        None => Stage::EvalBefore.begin(run, config)?,
+    }
     let session = Session::load(device.clone(), config, folder.as_deref(), false)?;
     let stage = if checkpoint.is_some() {
         "after"
@@ -118,7 +123,7 @@ pub fn eval<B: Backend + Clone>(
         "before"
     };
     let candidates = candidates(&session, config, run, stage, tasks)?;
-    let outcomes = verdicts(config, &candidates, &problems)?;
+    let outcomes = verdicts(config, run, &candidates, &problems)?;
     let mut groups = groups(config, &candidates, &outcomes);
     if let Some(before) = &before {
         groups.extend(
@@ -135,7 +140,7 @@ pub fn eval<B: Backend + Clone>(
     let judgments = judge(&session, config, run, stage, tasks, groups)?;
     let file = EvalFile {
         model: folder.map_or_else(|| config.model.path.clone(), |f| f.display().to_string()),
-        settings: toml::to_string(&config.eval)?,
+        settings: measurement(config, tasks)?,
         problems: tasks
             .iter()
             .map(|task| summarise(task, &candidates, &outcomes, &judgments, before.is_none()))
@@ -167,6 +172,7 @@ fn candidates<B: Backend>(
     let tasks: Vec<&Task> = tasks.iter().collect();
     super::sample::draw(
         session,
+        &mut KeptEngine::new(),
         config,
         // The same seeds before and after: what differs is the model.
         "eval",
@@ -187,6 +193,7 @@ fn candidates<B: Backend>(
 /// The verdict of each candidate; an answer without a program is wrong.
 fn verdicts(
     config: &Config,
+    run: &RunFolder,
     candidates: &[Candidate],
     problems: &Problems,
 ) -> Result<Vec<Option<Verdict>>> {
@@ -201,7 +208,7 @@ fn verdicts(
             owners.push(i);
         }
     }
-    let sandbox = open_sandbox(config)?;
+    let sandbox = open_sandbox(config, run)?;
     run_programs(&sandbox, config, &programs, |i, outcome| {
         verdicts[owners[i]] = Some(outcome.verdict);
         Ok(())
@@ -325,7 +332,7 @@ fn judge<B: Backend>(
             "judge",
             &requests,
             &config.eval.sampling.settings(config.judge.max_tokens),
-            &config.judge.stop,
+            Until::Strings(&config.judge.stop),
             |completion| {
                 let (question, group) = &questions[completion.request];
                 let text = session.text(&completion.tokens);

@@ -30,6 +30,11 @@ impl RunFolder {
         })
     }
 
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// A file of the folder.
     pub fn file(&self, name: &str) -> PathBuf {
         self.path.join(name)
@@ -147,6 +152,16 @@ impl RunFolder {
         Ok(partial.lines)
     }
 
+    /// Takes back [`RunFolder::finish`].
+    ///
+    /// # Errors
+    /// What the file system reports.
+    pub fn reopen(&self, name: &str) -> Result<()> {
+        let path = self.file(name);
+        fs::rename(&path, self.file(&format!("{name}.partial")))
+            .with_context(|| format!("{}: cannot be moved", path.display()))
+    }
+
     /// Writes lines in one step.
     ///
     /// # Errors
@@ -193,7 +208,7 @@ fn lines<T: Serialize>(values: &[T]) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-fn parse_lines<T: DeserializeOwned>(path: &Path, text: &str) -> Result<Vec<T>> {
+pub(super) fn parse_lines<T: DeserializeOwned>(path: &Path, text: &str) -> Result<Vec<T>> {
     text.lines()
         .enumerate()
         .map(|(i, line)| {

@@ -1,17 +1,21 @@
 //! Stage 3: each problem's labelled candidates are cut into groups; the mixed ones are kept.
 
 use super::bad_input;
+use super::folder::parse_lines;
 use super::label::VERDICTS;
 use super::sample::CANDIDATES;
 use super::session::derive_seed;
-use super::{Candidate, Config, GroupSettings, Labelled, Manifest, RunFolder};
+use super::stage::Stage;
+use super::{Candidate, Config, GroupSettings, Labelled, Manifest, Problems, RunFolder, hex};
 use crate::sandbox::Verdict;
 use crate::shuffle::shuffle;
 use anyhow::Result;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::path::Path;
 
 /// The stage's file.
 pub const GROUPS: &str = "groups.jsonl";
@@ -82,11 +86,89 @@ pub(super) fn mixed_groups(
     (groups, alike)
 }
 
+/// Reads `groups.jsonl` and refuses what training cannot use.
+///
+/// # Errors
+/// No group; one that is not a mixed group of `group.size` programs for a training problem.
+pub(super) fn read_groups(
+    config: &Config,
+    run: &RunFolder,
+    problems: &Problems,
+) -> Result<Vec<Group>> {
+    let groups: Vec<Group> = run.read_lines(GROUPS, "group")?;
+    check(config, &groups, problems, &run.file(GROUPS))?;
+    Ok(groups)
+}
+
+fn check(config: &Config, groups: &[Group], problems: &Problems, file: &Path) -> Result<()> {
+    let file = file.display();
+    if groups.is_empty() {
+        bad_input!("{file}: holds no group; remove it and run `dust-train group`");
+    }
+    let size = config.group.size;
+    let trained = problems.train_by_id();
+    for (i, group) in groups.iter().enumerate() {
+        let line = i + 1;
+        let right = group.labels.iter().filter(|&&y| y).count();
+        if group.programs.len() != size || group.labels.len() != size {
+            bad_input!(
+                "{file}: line {line}: has {} programs and {} labels, group.size is {size}; set it to \
+                 the size of the groups",
+                group.programs.len(),
+                group.labels.len()
+            );
+        }
+        if right == 0 || right == size {
+            bad_input!(
+                "{file}: line {line}: labels: all are alike, which teaches nothing; remove the line"
+            );
+        }
+        if !trained.contains_key(group.problem.as_str()) {
+            bad_input!(
+                "{file}: line {line}: problem: `{}` is no training problem of {} with seed = {}; use \
+                 the `seed` and the [tasks] that the groups were made with",
+                group.problem,
+                config.tasks.source,
+                config.seed
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Takes the groups of another run: arms and seeds of one experiment train on the same file.
+///
+/// # Errors
+/// Groups that training cannot use; a folder that has other groups.
+pub fn share_groups(config: &Config, run: &RunFolder, file: &Path) -> Result<()> {
+    let name = file.display();
+    let bytes = match std::fs::read(file) {
+        Ok(bytes) => bytes,
+        Err(e) => bad_input!("{name}: cannot be read: {e}; name the groups.jsonl of a run"),
+    };
+    let groups: Vec<Group> = parse_lines(file, &String::from_utf8_lossy(&bytes))?;
+    check(config, &groups, &Problems::load(config)?, file)?;
+    let hash = hex(&Sha256::digest(&bytes));
+    if !run.has(GROUPS) {
+        run.write(GROUPS, &bytes)?;
+    } else if run.hash(GROUPS)? != hash {
+        bad_input!(
+            "{}: is there already and differs from {name}; choose another folder",
+            run.file(GROUPS).display()
+        );
+    }
+    Manifest::update(run, |m| m.groups_sha256 = Some(hash))
+}
+
 /// Groups `verdicts.jsonl` into `groups.jsonl`, and records its hash in the manifest.
 ///
 /// # Errors
 /// No mixed group.
-pub fn group(config: &Config, run: &RunFolder) -> Result<GroupSummary> {
+pub fn group(config: &Config, run: &RunFolder) -> Result<()> {
+    if run.has(GROUPS) {
+        return Ok(());
+    }
+    Stage::Group.begin(run, config)?;
     let candidates: Vec<Candidate> = run.read_lines(CANDIDATES, "sample")?;
     let verdicts: Vec<Labelled> = run.read_lines(VERDICTS, "label")?;
     let programs: HashMap<(&str, u32), &str> = candidates
@@ -150,5 +232,5 @@ pub fn group(config: &Config, run: &RunFolder) -> Result<GroupSummary> {
         summary.all_wrong,
         summary.all_right
     );
-    Ok(summary)
+    Ok(())
 }

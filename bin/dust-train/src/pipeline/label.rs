@@ -2,6 +2,7 @@
 
 use super::progress::Progress;
 use super::sample::CANDIDATES;
+use super::stage::Stage;
 use super::{Candidate, Config, Manifest, Problems, RunFolder};
 use crate::interrupt;
 use crate::sandbox::{self, Outcome, Sandbox, SandboxConfig, Verdict};
@@ -55,14 +56,17 @@ pub(super) fn program(task: &Task, code: &str) -> sandbox::Program {
     }
 }
 
-/// A sandbox as `config` asks for.
-pub(super) fn open_sandbox(config: &Config) -> Result<Sandbox> {
-    Sandbox::new(SandboxConfig {
+/// A sandbox as `config` asks for. The manifest tells what is in force.
+pub(super) fn open_sandbox(config: &Config, run: &RunFolder) -> Result<Sandbox> {
+    let sandbox = Sandbox::new(SandboxConfig {
         allow_weak: config.sandbox.allow_weak.clone(),
         workers: config.sandbox.workers,
         grading: config.sandbox.grading,
         ..SandboxConfig::default()
-    })
+    })?;
+    let effective = serde_json::to_value(sandbox.effective())?;
+    Manifest::update(run, |m| m.sandbox = Some(effective))?;
+    Ok(sandbox)
 }
 
 /// Runs programs in pieces, so that an interrupt is heard, and hands each outcome over.
@@ -93,15 +97,19 @@ pub(super) fn run_programs(
 /// Labels `candidates.jsonl` into `verdicts.jsonl`.
 ///
 /// # Errors
-/// A sandbox that cannot be had as strict as asked for; a candidate whose problem is gone.
+/// A sandbox that cannot be had as strict as asked for, or that gives no verdict for most programs; a
+/// candidate whose problem is gone.
 pub fn label(config: &Config, run: &RunFolder) -> Result<()> {
     if run.has(VERDICTS) {
         return Ok(());
     }
+    Stage::Label.begin(run, config)?;
     let candidates: Vec<Candidate> = run.read_lines(CANDIDATES, "sample")?;
     let problems = Problems::load(config)?;
     let by_id = problems.by_id();
     let mut partial = run.resume::<Labelled>(VERDICTS)?;
+    // A program without a verdict is run again: what was in its way may be mended.
+    partial.lines.retain(|l| l.verdict != Verdict::InfraError);
     let done: HashSet<(String, u32)> = partial
         .lines
         .iter()
@@ -126,9 +134,7 @@ pub fn label(config: &Config, run: &RunFolder) -> Result<()> {
         programs.push(program(task, code));
         todo.push(candidate);
     }
-    let sandbox = open_sandbox(config)?;
-    let effective = serde_json::to_value(sandbox.effective())?;
-    Manifest::update(run, |m| m.sandbox = Some(effective))?;
+    let sandbox = open_sandbox(config, run)?;
     run_programs(&sandbox, config, &programs, |i, outcome| {
         partial.push(Labelled {
             problem: todo[i].problem.clone(),
@@ -137,18 +143,23 @@ pub fn label(config: &Config, run: &RunFolder) -> Result<()> {
             failed_test: outcome.failed_test,
         })
     })?;
-    let all = run.finish(VERDICTS, partial, |l| (l.problem.clone(), l.sample))?;
-    let count = |verdict| all.iter().filter(|l| l.verdict == verdict).count();
-    let (passed, trouble) = (count(Verdict::Passed), count(Verdict::InfraError));
-    eprintln!(
-        "label: {} programs, {passed} passed, {trouble} without a verdict",
-        all.len()
-    );
-    if trouble * 2 > all.len() {
+    let count = |verdict| {
+        partial
+            .lines
+            .iter()
+            .filter(|l| l.verdict == verdict)
+            .count()
+    };
+    let (all, passed) = (partial.lines.len(), count(Verdict::Passed));
+    let trouble = count(Verdict::InfraError);
+    if trouble * 2 > all {
         bail!(
-            "{}: the sandbox gave no verdict for most programs; see `dust-train doctor`",
+            "{}: the sandbox gave no verdict for {trouble} of {all} programs: see `dust-train \
+             doctor`; the same command runs them again",
             run.file(VERDICTS).display()
         );
     }
+    run.finish(VERDICTS, partial, |l| (l.problem.clone(), l.sample))?;
+    eprintln!("label: {all} programs, {passed} passed, {trouble} without a verdict");
     Ok(())
 }

@@ -8,10 +8,12 @@ mod folder;
 mod group;
 mod judging;
 mod label;
+mod problems;
 mod progress;
 mod reporting;
 mod sample;
 mod session;
+mod stage;
 pub mod train;
 
 pub use comparison::comparison;
@@ -21,17 +23,18 @@ pub use config::{
 };
 pub use eval::{EvalFile, eval};
 pub use folder::{Partial, RunFolder, hex};
-pub use group::{Group, GroupSummary, group};
+pub use group::{Group, GroupSummary, group, share_groups};
 pub use label::{Labelled, label};
+pub use problems::Problems;
 pub use reporting::{report, table};
 pub use sample::{Candidate, sample};
-pub use session::{Session, derive_seed};
+pub use session::{Session, Until, derive_seed};
+pub use stage::Settings;
 
-use crate::tasks::{self, Split, Task};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use dust_kernels::Backend;
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Input that the user can mend: a file, a field, and the remedy, in one line.
@@ -67,7 +70,10 @@ pub struct Manifest {
     pub sandbox: Option<serde_json::Value>,
     /// How many problems were read, by split.
     #[serde(default)]
-    pub problems: HashMap<String, usize>,
+    pub problems: BTreeMap<String, usize>,
+    /// The settings that each stage used, by its command.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub stages: BTreeMap<String, Settings>,
 }
 
 impl Manifest {
@@ -83,96 +89,30 @@ impl Manifest {
     }
 }
 
-/// The problems of a run, by half.
-pub struct Problems {
-    /// For candidates and training.
-    pub train: Vec<Task>,
-    /// For the evaluation only.
-    pub held_out: Vec<Task>,
-}
-
-impl Problems {
-    /// Reads and splits the problems of `config`.
-    ///
-    /// # Errors
-    /// What reading reports; an empty half.
-    pub fn load(config: &Config) -> Result<Self> {
-        let settings = &config.tasks;
-        let set = tasks::load(&settings.source)?;
-        let (mut train, mut held_out) = match &settings.eval_source {
-            Some(source) => (set.tasks, tasks::load(source)?.tasks),
-            None => set
-                .tasks
-                .into_iter()
-                .partition(|t| t.split(config.seed, settings.held_out) == Split::Train),
-        };
-        let limit = |list: &mut Vec<Task>, most: usize| {
-            if most > 0 {
-                list.truncate(most);
-            }
-        };
-        limit(&mut train, settings.max_train);
-        limit(&mut held_out, settings.max_eval);
-        if train.is_empty() {
-            bad_input!(
-                "{}: no problem is left for training; lower tasks.held_out",
-                settings.source
-            );
-        }
-        Ok(Self { train, held_out })
-    }
-
-    /// All of them by name.
-    pub fn by_id(&self) -> HashMap<&str, &Task> {
-        self.train
-            .iter()
-            .chain(&self.held_out)
-            .map(|t| (t.id.as_str(), t))
-            .collect()
-    }
-}
-
-/// Opens a run folder for `config`. A folder that was begun with another configuration is refused,
-/// since its files would not fit.
+/// Opens a run folder for `config`, which becomes the folder's own. A setting that a stage has used
+/// cannot be changed, since its files would not fit.
 ///
 /// # Errors
-/// Another configuration, with the first field that differs.
+/// Such a setting, with the stage and the remedy.
 pub fn open_run(path: &Path, config: &Config) -> Result<RunFolder> {
     config.check()?;
     let run = RunFolder::open(path)?;
-    if run.has(CONFIG) {
-        let file = run.file(CONFIG);
-        let old = std::fs::read_to_string(&file)
-            .with_context(|| format!("{}: cannot be read", file.display()))?;
-        let new = toml::to_string_pretty(config)?;
-        if old != new {
-            let line = old
-                .lines()
-                .zip(new.lines())
-                .find(|(a, b)| a != b)
-                .map_or_else(String::new, |(a, b)| format!(" (`{a}` there, `{b}` now)"));
-            bad_input!(
-                "{}: the folder was begun with another configuration{line}; \
-                 choose another folder or go on with its own: --config {}",
-                path.display(),
-                file.display()
-            );
-        }
-    } else {
-        run.write(CONFIG, toml::to_string_pretty(config)?.as_bytes())?;
-    }
+    stage::check(&run, config)?;
+    run.write(CONFIG, toml::to_string_pretty(config)?.as_bytes())?;
     Ok(run)
 }
 
-/// All stages, each skipped where its files are there: before-evaluation, candidates, labels,
-/// groups, training, after-evaluation, report.
+/// All stages, each skipped where its files are there: candidates, labels and groups, unless the
+/// folder has groups already; before-evaluation, training, after-evaluation, report.
 ///
 /// # Errors
 /// What the stages report.
 pub fn run<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -> Result<()> {
-    sample(device, config, run)?;
-    label(config, run)?;
-    group(config, run)?;
+    if !run.has(group::GROUPS) {
+        sample(device, config, run)?;
+        label(config, run)?;
+        group(config, run)?;
+    }
     eval(device, config, run, None)?;
     train::train(device, config, run)?;
     eval(device, config, run, Some(train::FINAL))?;

@@ -2,7 +2,7 @@
 
 use super::bad_input;
 use super::eval::{AFTER, BEFORE, EvalFile, JudgedGroup};
-use super::train::{METRICS, StepMetrics};
+use super::train::{METRICS, StepMetrics, worst};
 use super::{CONFIG, Config, MANIFEST, Manifest, Problems, RunFolder};
 use crate::metrics::{Estimate, Row, compare, pairwise_accuracy};
 use crate::report::{self, Candidate, Example, ReportData, Shown, Step};
@@ -125,7 +125,8 @@ fn step(m: &StepMetrics) -> Step {
         zero_variance: m.zero_variance,
         invalid: m.invalid,
         entropy: m.entropy,
-        kl: m.kl,
+        // A curve has no point there.
+        kl: m.kl.unwrap_or(f64::NAN),
         clip_fraction: m.clip_fraction,
         grad_norm: m.grad_norm,
     }
@@ -208,7 +209,7 @@ fn facts(
     manifest: &Manifest,
     steps: &[StepMetrics],
 ) -> Result<Vec<(String, String)>> {
-    let mismatch = steps.iter().map(|s| s.mismatch).fold(0.0, f64::max);
+    let mismatch = steps.iter().map(|s| s.mismatch).fold(0.0, worst);
     let seconds: f64 = steps.iter().map(|s| s.seconds).sum();
     let mut facts = vec![
         ("dust-train".to_owned(), manifest.version.clone()),

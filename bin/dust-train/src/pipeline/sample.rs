@@ -1,6 +1,7 @@
 //! Stage 1: the frozen model draws candidate programs for every training problem.
 
-use super::session::derive_seed;
+use super::session::{KeptEngine, derive_seed};
+use super::stage::Stage;
 use super::{Config, Manifest, Problems, RunFolder, Session};
 use crate::rollout::{Finish, Request, SamplingSettings};
 use crate::tasks::{Task, extract::extract, prompt::generation};
@@ -36,6 +37,7 @@ pub struct Candidate {
 /// `done` holds are left out.
 pub(super) fn draw<B: Backend>(
     session: &Session<B>,
+    engine: &mut KeptEngine<B>,
     config: &Config,
     what: &str,
     tasks: &[&Task],
@@ -67,8 +69,9 @@ pub(super) fn draw<B: Backend>(
         return Ok(());
     }
     let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
-    let mut engine = session.engine(longest, sampling.max_tokens)?;
-    session.generate(&mut engine, what, &requests, sampling, &[], |completion| {
+    let engine = engine.with_room(session, longest, sampling.max_tokens)?;
+    let until = session.program_end(config);
+    session.generate(engine, what, &requests, sampling, until, |completion| {
         let (task, missing) = &owners[completion.request];
         if !missing.contains(&completion.sample) {
             return Ok(());
@@ -96,15 +99,23 @@ pub fn sample<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) 
     if run.has(CANDIDATES) {
         return Ok(());
     }
+    Stage::Sample.begin(run, config)?;
     let problems = Problems::load(config)?;
     Manifest::update(run, |m| {
         m.device = device.name();
         m.problems = [
             ("train".to_owned(), problems.train.len()),
             ("held-out".to_owned(), problems.held_out.len()),
+            ("left-out".to_owned(), problems.left_out.len()),
         ]
         .into();
     })?;
+    if !problems.left_out.is_empty() {
+        eprintln!(
+            "sample: these ask what held-out problems ask, and are left out: {}",
+            problems.left_out.join(", ")
+        );
+    }
     let session = Session::load(device.clone(), config, None, false)?;
     let mut partial = run.resume::<Candidate>(CANDIDATES)?;
     let done = partial
@@ -116,6 +127,7 @@ pub fn sample<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) 
     let settings = &config.sample;
     draw(
         &session,
+        &mut KeptEngine::new(),
         config,
         "sample",
         &tasks,

@@ -72,7 +72,7 @@ pub struct Request {
 pub enum Finish {
     /// A stop token, which is the last of the tokens.
     StopToken,
-    /// A stop string, which the text contains.
+    /// A stop string, which the text contains, or the end of its first fenced block.
     StopString,
     /// `max_tokens`, or the model's longest context.
     Length,
@@ -134,6 +134,8 @@ pub struct Stops<'a> {
     pub tokens: &'a [u32],
     /// Strings that end it, looked for in the decoded text.
     pub strings: &'a [String],
+    /// Whether the end of the answer's first fenced block ends it.
+    pub block: bool,
     /// What decodes the text.
     pub tokenizer: &'a Tokenizer,
 }

@@ -56,17 +56,28 @@ pub fn extract(completion: &str, thinking: bool, rule: Rule) -> Result<String, N
     let answer = answer(completion, thinking).ok_or(NoCode::Unfinished)?;
     let code = match rule {
         Rule::LastFence => last_fence(answer),
-        Rule::First => blocks(answer).into_iter().next(),
-        Rule::Longest => blocks(answer)
-            .into_iter()
-            .rev()
-            .max_by_key(|code| code.trim().len()),
+        Rule::First => {
+            let (closed, open) = blocks(answer);
+            closed.into_iter().next().or(open)
+        }
+        Rule::Longest => {
+            let (closed, open) = blocks(answer);
+            let all = closed.into_iter().chain(open).rev();
+            all.max_by_key(|code| code.trim().len())
+        }
     }
     .ok_or(NoCode::NoBlock)?;
     if code.trim().is_empty() {
         return Err(NoCode::Empty);
     }
     Ok(code)
+}
+
+/// Whether the first block of `text` has ended, so that [`Rule::First`] takes it whatever follows,
+/// reasoning excepted. The line of its closing fence has to be whole: it may go on otherwise.
+pub fn first_block_is_closed(text: &str) -> bool {
+    let end = text.rfind('\n').map_or(0, |newline| newline + 1);
+    !blocks(&text[..end]).0.is_empty()
 }
 
 fn last_fence(text: &str) -> Option<String> {
@@ -77,8 +88,9 @@ fn last_fence(text: &str) -> Option<String> {
 }
 
 /// The fenced blocks as Markdown reads them: a fence of n backticks is closed by one of at least n
-/// and nothing else on its line; the indentation of the opening fence is taken off every line.
-fn blocks(text: &str) -> Vec<String> {
+/// and nothing else on its line; the indentation of the opening fence is taken off every line. A last
+/// block that is never closed stands apart.
+fn blocks(text: &str) -> (Vec<String>, Option<String>) {
     let mut blocks = Vec::new();
     let mut open: Option<(usize, usize, Vec<&str>)> = None;
     for line in text.lines() {
@@ -98,8 +110,7 @@ fn blocks(text: &str) -> Vec<String> {
             open = Some((ticks, indent, Vec::new()));
         }
     }
-    blocks.extend(open.map(|(_, _, code)| code.join("\n")));
-    blocks
+    (blocks, open.map(|(_, _, code)| code.join("\n")))
 }
 
 #[cfg(test)]
@@ -171,7 +182,30 @@ mod tests {
         assert_eq!(get(text, Rule::First).unwrap(), "x = 1");
     }
 
+    #[test]
+    fn a_block_ends_with_the_line_of_its_fence() {
+        for (text, ends) in [
+            ("Here:\n```python\nx = 1\n", false),
+            ("```\n", false),
+            ("```\nx\n```", false),
+            ("```\nx\n```python", false),
+            ("```\nx\n``` \nDone", true),
+            ("````\nx\n```\n", false),
+            ("say ```x``` inline\n", false),
+        ] {
+            assert_eq!(first_block_is_closed(text), ends, "{text:?}");
+        }
+    }
+
     proptest! {
+        #[test]
+        fn what_follows_a_closed_block_changes_nothing(text in "(```|`|\n| |a){0,40}", more in "(```|`|\n| |a){0,20}") {
+            if first_block_is_closed(&text) {
+                let all = format!("{text}{more}");
+                prop_assert_eq!(get(&text, Rule::First), get(&all, Rule::First));
+            }
+        }
+
         #[test]
         fn any_text_is_read(text in "(```|`|\n|<think>|</think>|[ é a]){0,40}") {
             for rule in [Rule::LastFence, Rule::First, Rule::Longest] {

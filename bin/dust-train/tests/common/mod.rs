@@ -32,6 +32,7 @@ pub fn no_stops(tokenizer: &Tokenizer) -> Stops<'_> {
     Stops {
         tokens: &[],
         strings: &[],
+        block: false,
         tokenizer,
     }
 }

@@ -14,25 +14,28 @@ mod state;
 mod update;
 
 pub use metrics::StepMetrics;
+pub(super) use metrics::worst;
 pub use optimizer::Optimizer;
 pub use rollout::Lesson;
+pub(super) use state::STATE;
 
-use super::group::{GROUPS, Group};
+use super::group::{GROUPS, Group, read_groups};
 use super::progress::Progress;
 use super::session::derive_seed;
-use super::{Arm, Config, Problems, RunFolder, Session};
+use super::stage::Stage;
+use super::{Arm, Config, Manifest, Partial, Problems, RunFolder, Session, bad_input};
 use crate::checkpoint::Dtype;
 use crate::interrupt;
-use crate::model::{Purpose, Workspace, freeze};
+use crate::model::freeze;
 use crate::shuffle::shuffle;
 use crate::tasks::Task;
-use anyhow::{Context, Result};
+use anyhow::Result;
 use dust_kernels::Backend;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::SeedableRng;
 use rollout::{Rolled, Roller};
-use std::collections::HashMap;
-use std::time::Instant;
+use std::collections::{HashMap, HashSet};
+use std::time::{Duration, Instant};
 use update::Updater;
 
 /// The stage's log.
@@ -40,56 +43,88 @@ pub const METRICS: &str = "metrics.jsonl";
 /// The trained model, as a Hugging Face folder.
 pub const FINAL: &str = "model";
 
+/// Longest time between two checkpoints, whatever `train.checkpoint_every` says: what a kill costs.
+const CHECKPOINT_PAUSE: Duration = Duration::from_secs(600);
+
 /// Trains on `groups.jsonl`; leaves `metrics.jsonl` and the folder `model`.
 ///
 /// # Errors
 /// What loading, sampling and the kernels report; an interrupt, after which the same call goes on.
 pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -> Result<()> {
     if run.has(FINAL) {
-        return Ok(());
+        // A kill may have come between the model and this.
+        return state::remove(run);
     }
-    let groups: Vec<Group> = run.read_lines(GROUPS, "group")?;
-    let hash = run.hash(GROUPS)?;
+    Stage::Train.begin(run, config)?;
     let problems = Problems::load(config)?;
-    let tasks = problems.by_id();
+    let groups = read_groups(config, run, &problems)?;
+    let hash = run.hash(GROUPS)?;
+    Manifest::update(run, |m| {
+        m.device = device.name();
+        m.groups_sha256 = Some(hash.clone());
+    })?;
+    let tasks = problems.train_by_id();
+    // All arms learn from the same problems, those that have a group.
+    let grouped: HashSet<&str> = groups.iter().map(|g| g.problem.as_str()).collect();
+    let grouped: Vec<&Task> = problems
+        .train
+        .iter()
+        .filter(|t| grouped.contains(t.id.as_str()))
+        .collect();
+    // What follows draws by the seed of training.
+    let config = &Config {
+        seed: config.train.seed.unwrap_or(config.seed),
+        ..config.clone()
+    };
     let mut session = Session::load(device.clone(), config, None, true)?;
     // The reference is the model as it was loaded, before a checkpoint is read.
-    let reference = freeze(device, &session.model)?;
+    let uses_kl = config.train.kl_coef > 0.0 && config.train.sft_steps < config.train.steps;
+    let reference = match uses_kl {
+        true => Some(freeze(device, &session.model)?),
+        false => None,
+    };
     let mut optimizer = Optimizer::new(device, &session.model)?;
     let done = state::load(device, run, &mut session.model, &mut optimizer, &hash)?;
-    let mut log = run.resume::<StepMetrics>(METRICS)?;
-    if log.lines.len() > done {
-        // Steps after the checkpoint are made again, to the same bits.
-        let kept = log.lines[..done].to_vec();
-        drop(log);
-        run.write_lines(&format!("{METRICS}.partial"), &kept)?;
-        log = run.resume(METRICS)?;
+    if done > config.train.steps {
+        bad_input!(
+            "{}: is after {done} steps, train.steps is {}; raise it, or remove the file to train from \
+             the start",
+            run.file(STATE).display(),
+            config.train.steps
+        );
     }
+    let mut log = resume_log(run, done)?;
 
-    let purpose = Purpose::Train {
-        recompute: config.model.recompute,
-    };
-    let rows = config.model.micro_batch_tokens;
     let mut updater = Updater {
-        workspace: Workspace::new(device, &session.model.config, rows, purpose)?,
+        workspace: None,
         reference,
     };
-    let mut roller = Roller::new();
+    let mut roller = Roller::new(run);
     let bar = Progress::new("train", config.train.steps as u64);
     bar.start_at(done as u64);
+    let (mut saved, mut saved_at) = (done, Instant::now());
     for step in done..config.train.steps {
+        if step > 0 && step == config.train.sft_steps {
+            // What Adam learned about imitation says nothing about what follows.
+            optimizer.reset(device)?;
+        }
         let all = Material {
             groups: &groups,
-            problems: &problems.train,
+            problems: &grouped,
             tasks: &tasks,
         };
         let rolled = match roll(&session, config, &mut roller, step, &all) {
-            // The weights are those after the last whole step: nothing but this rollout is lost.
-            Err(error) if interrupt::requested() => {
-                state::save(device, run, &session.model, &optimizer, step, &hash)?;
+            Ok(rolled) => rolled,
+            Err(error) => {
+                // The weights are those after the last whole step: nothing but this rollout is lost.
+                if step > saved
+                    && let Err(second) =
+                        state::save(device, run, &session.model, &optimizer, step, &hash)
+                {
+                    eprintln!("train: the steps since the last checkpoint are lost: {second:#}");
+                }
                 return Err(error);
             }
-            other => other?,
         };
         // Updates are not broken off: an interrupt waits for the end of the step.
         let line = updater.update(&mut session, &mut optimizer, config, step, rolled)?;
@@ -101,21 +136,38 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
                 line.grad_norm
             )
         });
+        if line.groups < config.train.prompts {
+            eprintln!(
+                "train: step {}: {} groups to learn from, of {} drawn; train.prompts asks for {}",
+                line.step, line.groups, line.groups_drawn, config.train.prompts
+            );
+        }
+        if line.skipped_updates > 0 {
+            eprintln!(
+                "train: step {}: {} of {} updates were skipped, since a gradient was not finite",
+                line.step, line.skipped_updates, line.updates
+            );
+        }
         log.push(line)?;
         let last = step + 1 == config.train.steps;
-        if last || interrupt::requested() || (step + 1) % config.train.checkpoint_every == 0 {
+        if last
+            || interrupt::requested()
+            || (step + 1) % config.train.checkpoint_every == 0
+            || saved_at.elapsed() >= CHECKPOINT_PAUSE
+        {
             state::save(device, run, &session.model, &optimizer, step + 1, &hash)?;
+            (saved, saved_at) = (step + 1, Instant::now());
         }
         interrupt::check()?;
     }
     bar.finish();
+    // The folder comes last: where it is, training is done.
+    run.finish(METRICS, log, |m| m.step)?;
     session
         .model
         .save(device, &run.file(FINAL), Dtype::F32, &session.text_files)?;
-    run.finish(METRICS, log, |m| m.step)?;
-    // The folder holds the weights now; the moments have no further use.
-    std::fs::remove_file(run.file(state::STATE))
-        .with_context(|| format!("{}: cannot be removed", run.file(state::STATE).display()))?;
+    // It holds the weights now; the moments have no further use.
+    state::remove(run)?;
     eprintln!(
         "train: {} steps, model in {}",
         config.train.steps,
@@ -124,10 +176,27 @@ pub fn train<B: Backend + Clone>(device: &B, config: &Config, run: &RunFolder) -
     Ok(())
 }
 
+/// The log up to the checkpoint, which is after `done` steps. Later ones are made again, to the same
+/// bits.
+fn resume_log(run: &RunFolder, done: usize) -> Result<Partial<StepMetrics>> {
+    if run.has(METRICS) {
+        // A kill came between the end of the log and the model.
+        run.reopen(METRICS)?;
+    }
+    let log = run.resume::<StepMetrics>(METRICS)?;
+    if log.lines.len() <= done {
+        return Ok(log);
+    }
+    let kept = log.lines[..done].to_vec();
+    drop(log);
+    run.write_lines(&format!("{METRICS}.partial"), &kept)?;
+    run.resume(METRICS)
+}
+
 /// What steps choose from.
 struct Material<'a> {
     groups: &'a [Group],
-    problems: &'a [Task],
+    problems: &'a [&'a Task],
     tasks: &'a Tasks<'a>,
 }
 
@@ -143,21 +212,34 @@ fn roll<B: Backend>(
     step: usize,
     all: &Material<'_>,
 ) -> Result<Rolled> {
-    roller.start = Instant::now();
-    if !config.train.refill || step < config.train.sft_steps {
-        return draw(session, config, roller, step, step, all);
-    }
+    let start = Instant::now();
+    let imitates = step < config.train.sft_steps;
+    let refill = config.train.refill && !imitates;
+    // Fresh programs give as many mixed groups as they give.
+    let fresh = config.train.arm == Arm::OnPolicyRanking && !imitates;
+    let rounds = if refill || fresh { REFILLS } else { 1 };
     let mut rolled = Rolled::default();
-    for round in 0..REFILLS {
-        let number = step * REFILLS + round;
-        let more = draw(session, config, roller, step, number, all)?;
+    for round in 0..rounds {
+        let wanted = config.train.prompts - rolled.groups.len();
+        let number = step * rounds + round;
+        let more = draw(session, config, roller, step, number, wanted, all)?;
         rolled.add(more);
-        rolled.groups.retain(|group| !group.zero_variance());
+        if refill {
+            rolled.retain(|_, group| !group.zero_variance());
+            rolled.retain(|i, _| i < config.train.prompts);
+        }
         if rolled.groups.len() >= config.train.prompts {
             break;
         }
     }
-    rolled.groups.truncate(config.train.prompts);
+    if fresh && rolled.drawn().next().is_none() {
+        bad_input!(
+            "no mixed group among the programs for {} problems: choose problems nearer to the \
+             model's level",
+            REFILLS * config.train.prompts
+        );
+    }
+    rolled.seconds = start.elapsed().as_secs_f64();
     Ok(rolled)
 }
 
@@ -168,12 +250,13 @@ fn draw<B: Backend>(
     roller: &mut Roller<B>,
     step: usize,
     number: usize,
+    wanted: usize,
     all: &Material<'_>,
 ) -> Result<Rolled> {
     let prompts = config.train.prompts;
     let groups = || cycle(all.groups, config, "order", number, prompts);
     if step < config.train.sft_steps {
-        return ranking::imitate(session, config, roller, number, &groups(), all.tasks);
+        return ranking::imitate(session, config, number, &groups(), all.tasks);
     }
     let writes = match config.train.arm {
         Arm::Ranking | Arm::OnPolicyRanking => false,
@@ -185,10 +268,11 @@ fn draw<B: Backend>(
     };
     if writes {
         let tasks = cycle(all.problems, config, "problems", number, prompts);
+        let tasks: Vec<&Task> = tasks.into_iter().copied().collect();
         return generation::write(session, config, roller, number, &tasks);
     }
     if config.train.arm == Arm::OnPolicyRanking {
-        let groups = ranking::fresh_groups(session, config, roller, number, all.problems)?;
+        let groups = ranking::fresh_groups(session, config, roller, number, wanted, all.problems)?;
         let groups: Vec<&Group> = groups.iter().collect();
         return ranking::judge(session, config, roller, number, &groups, all.tasks);
     }

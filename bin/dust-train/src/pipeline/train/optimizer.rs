@@ -39,6 +39,18 @@ impl<B: Backend> Optimizer<B> {
         })
     }
 
+    /// Forgets the updates so far.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn reset(&mut self, device: &B) -> Result<()> {
+        self.updates = 0;
+        for moment in self.m.iter_mut().chain(self.v.iter_mut()) {
+            device.fill_zero(moment)?;
+        }
+        Ok(())
+    }
+
     /// One update with the gradients clipped to a global norm of `max_norm`; returns the norm before
     /// clipping. `config.step` is set here, and `config.weight_decay` applies to matrices only. A norm
     /// that is not finite leaves everything as it was.
@@ -91,6 +103,9 @@ impl<B: Backend> Optimizer<B> {
         }
         let mut norm = [0.0];
         device.read(&self.norm, 0, &mut norm)?;
+        if !norm[0].is_finite() {
+            self.updates -= 1;
+        }
         Ok(norm[0])
     }
 }

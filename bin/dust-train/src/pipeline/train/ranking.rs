@@ -3,10 +3,10 @@
 use super::super::group::{Group, mixed_groups};
 use super::super::judging::Question;
 use super::super::label::{program, run_programs};
-use super::super::session::derive_seed;
-use super::super::{Config, Session, bad_input};
-use super::rollout::{Answered, Lesson, Rolled, Roller, answered};
-use super::{REFILLS, Tasks, cycle};
+use super::super::session::{Until, derive_seed};
+use super::super::{Config, Session};
+use super::rollout::{Answered, Lesson, Rolled, Roller, answered, temperature};
+use super::{Tasks, cycle};
 use crate::rollout::{Completion, Finish, Request};
 use crate::sandbox::Verdict;
 use crate::shuffle::shuffle;
@@ -26,15 +26,18 @@ pub(super) fn judge<B: Backend>(
     groups: &[&Group],
     tasks: &Tasks<'_>,
 ) -> Result<Rolled> {
+    if groups.is_empty() {
+        return Ok(Rolled::default());
+    }
     let k = config.group.size;
     let (questions, requests) = ask(session, config, step, groups, tasks)?;
     let answers = roller.draw(
         session,
-        config,
         "judge",
         &requests,
+        temperature(config, Lesson::Ranking),
         config.judge.max_tokens,
-        &config.judge.stop,
+        Until::Strings(&config.judge.stop),
     )?;
 
     let thinking = session.opens_thought()?;
@@ -67,10 +70,13 @@ pub(super) fn judge<B: Backend>(
     };
     let pairs = reward(RankingReward::PairwiseAccuracy)?;
     let values = reward(config.train.reward.kernel())?;
+    let values = values
+        .chunks(config.train.judgments as usize)
+        .map(<[f32]>::to_vec)
+        .collect();
     Ok(Rolled {
         lesson: Lesson::Ranking,
-        drawn: n,
-        groups: answered(session, config, requests, answers, &values)?,
+        groups: answered(session, config, requests, answers, values)?,
         valid: valid.iter().filter(|&&v| v).count(),
         pair_accuracy: pairs
             .iter()
@@ -78,7 +84,7 @@ pub(super) fn judge<B: Backend>(
             .filter_map(|(&p, &ok)| ok.then_some(p))
             .collect(),
         picked_first,
-        seconds: roller.start.elapsed().as_secs_f64(),
+        ..Rolled::default()
     })
 }
 
@@ -87,13 +93,12 @@ pub(super) fn judge<B: Backend>(
 pub(super) fn imitate<B: Backend>(
     session: &Session<B>,
     config: &Config,
-    roller: &Roller<B>,
     step: usize,
     groups: &[&Group],
     tasks: &Tasks<'_>,
 ) -> Result<Rolled> {
     let (questions, requests) = ask(session, config, step, groups, tasks)?;
-    let eos = session.tokenizer.eos_ids().first().copied();
+    let end = session.end_of_turn()?;
     let mut answers = Vec::new();
     for (i, (group, question)) in groups.iter().zip(&questions).enumerate() {
         let mut best: Vec<usize> = (0..group.labels.len()).collect();
@@ -102,7 +107,7 @@ pub(super) fn imitate<B: Backend>(
         best.sort_by_key(|&c| !group.labels[c]);
         let text = question.answer(config, &best)?;
         let mut tokens = session.tokenizer.encode(&text, false)?;
-        tokens.extend(eos);
+        tokens.extend(end);
         answers.push(Completion {
             request: i,
             sample: 0,
@@ -113,10 +118,8 @@ pub(super) fn imitate<B: Backend>(
             finish: Finish::StopToken,
         });
     }
-    let n = groups.len();
     Ok(Rolled {
         lesson: Lesson::Imitation,
-        drawn: n,
         groups: requests
             .into_iter()
             .zip(answers)
@@ -127,10 +130,8 @@ pub(super) fn imitate<B: Backend>(
                 advantages: vec![1.0],
             })
             .collect(),
-        valid: n,
-        pair_accuracy: vec![1.0; n],
-        picked_first: Vec::new(),
-        seconds: roller.start.elapsed().as_secs_f64(),
+        valid: groups.len(),
+        ..Rolled::default()
     })
 }
 
@@ -164,69 +165,67 @@ fn ask<B: Backend>(
     Ok((questions, requests))
 }
 
-/// `train.prompts` mixed groups of candidates from the current policy: problem after problem in the
-/// order of the step, until there are enough.
+/// At most `wanted` mixed groups of candidates from the current policy, for the problems of draw
+/// number `number`.
 pub(super) fn fresh_groups<B: Backend>(
     session: &Session<B>,
     config: &Config,
     roller: &mut Roller<B>,
-    step: usize,
-    problems: &[Task],
+    number: usize,
+    wanted: usize,
+    problems: &[&Task],
 ) -> Result<Vec<Group>> {
-    let wanted = config.train.prompts;
-    let sandbox = roller.sandbox(config)?;
-    let mut groups: Vec<Group> = Vec::new();
-    for round in 0..REFILLS {
-        let tasks = cycle(problems, config, "fresh", step * REFILLS + round, wanted);
-        let mut seen = HashSet::new();
-        let tasks: Vec<&Task> = tasks.into_iter().filter(|t| seen.insert(&t.id)).collect();
-        let (mut pools, mut programs, mut owners) = (BTreeMap::new(), Vec::new(), Vec::new());
-        let by_id: Tasks<'_> = tasks.iter().map(|t| (t.id.as_str(), *t)).collect();
-        super::super::sample::draw(
-            session,
-            config,
-            &format!("fresh {step} {round}"),
-            &tasks,
-            config.train.judgments.max(config.group.size as u32),
-            &config.sample.sampling,
-            &HashSet::new(),
-            |candidate| {
-                if let (Some(code), Some(task)) =
-                    (candidate.program, by_id.get(candidate.problem.as_str()))
-                {
-                    programs.push(program(task, &code));
-                    owners.push((candidate.problem, candidate.sample, code));
-                }
-                Ok(())
-            },
-        )?;
-        run_programs(sandbox, config, &programs, |i, outcome| {
-            if outcome.verdict != Verdict::InfraError {
-                let (problem, sample, code) = owners[i].clone();
-                let right = outcome.verdict == Verdict::Passed;
-                let pool: &mut Vec<_> = pools.entry(problem).or_default();
-                pool.push((sample, code, right));
+    let name = format!("fresh {number}");
+    let tasks = cycle(problems, config, "fresh", number, config.train.prompts);
+    let mut seen = HashSet::new();
+    let tasks: Vec<&Task> = tasks
+        .into_iter()
+        .copied()
+        .filter(|t| seen.insert(&t.id))
+        .collect();
+    let by_id: Tasks<'_> = tasks.iter().map(|t| (t.id.as_str(), *t)).collect();
+    let (mut programs, mut owners) = (Vec::new(), Vec::new());
+    super::super::sample::draw(
+        session,
+        &mut roller.engine,
+        config,
+        &name,
+        &tasks,
+        config.sample.candidates,
+        &config.sample.sampling,
+        &HashSet::new(),
+        |candidate| {
+            if let (Some(code), Some(task)) =
+                (candidate.program, by_id.get(candidate.problem.as_str()))
+            {
+                programs.push(program(task, &code));
+                owners.push((candidate.problem, candidate.sample, code));
             }
             Ok(())
-        })?;
-        for (problem, mut pool) in pools {
-            // Programs come as they are ready; their order must not matter.
-            pool.sort();
-            let parts = ["fresh", &step.to_string(), &round.to_string(), &problem];
-            let seed = derive_seed(config.seed, &parts);
-            groups.extend(mixed_groups(&problem, pool, seed, &config.group).0);
+        },
+    )?;
+    let mut pools: BTreeMap<String, Vec<_>> = BTreeMap::new();
+    run_programs(roller.sandbox(config)?, config, &programs, |i, outcome| {
+        if outcome.verdict != Verdict::InfraError {
+            let (problem, sample, code) = owners[i].clone();
+            let right = outcome.verdict == Verdict::Passed;
+            pools
+                .entry(problem)
+                .or_default()
+                .push((sample, code, right));
         }
-        if groups.len() >= wanted {
-            groups.truncate(wanted);
-            return Ok(groups);
-        }
+        Ok(())
+    })?;
+    let mut groups: Vec<Group> = Vec::new();
+    for (problem, mut pool) in pools {
+        // Programs come as they are ready; their order must not matter.
+        pool.sort();
+        let seed = derive_seed(config.seed, &[&name, &problem]);
+        groups.extend(mixed_groups(&problem, pool, seed, &config.group).0);
     }
-    if groups.is_empty() {
-        bad_input!(
-            "no mixed group among the programs for {} problems: choose problems nearer to the \
-             model's level",
-            REFILLS * wanted
-        );
-    }
+    // Not the first problems of the alphabet.
+    let seed = derive_seed(config.seed, &[&name]);
+    shuffle(&mut groups, &mut ChaCha8Rng::seed_from_u64(seed));
+    groups.truncate(wanted);
     Ok(groups)
 }

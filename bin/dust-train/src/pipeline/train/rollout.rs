@@ -1,13 +1,13 @@
 //! The first half of a step: answers from the current policy, their rewards and advantages.
 
 use super::super::label::open_sandbox;
-use super::super::{Config, Session};
-use crate::rollout::{Completion, Engine, Finish, Request, SamplingSettings};
+use super::super::session::{KeptEngine, Until};
+use super::super::{Config, RunFolder, Session};
+use crate::rollout::{Completion, Request, SamplingSettings};
 use crate::sandbox::Sandbox;
 use anyhow::Result;
 use dust_kernels::Backend;
 use serde::{Deserialize, Serialize};
-use std::time::Instant;
 
 /// What a step teaches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -52,14 +52,18 @@ impl Answered {
 #[derive(Default)]
 pub(super) struct Rolled {
     pub lesson: Lesson,
+    /// The groups to learn from.
     pub groups: Vec<Answered>,
-    /// Answers that were drawn, those of groups left out included.
-    pub drawn: usize,
-    /// Answers that hold what was asked for: a ranking, a program.
+    /// Groups that were drawn too, and teach nothing or are not needed.
+    pub left_out: Vec<Answered>,
+    /// Answers, of both, that hold what was asked for: a ranking, a program.
     pub valid: usize,
+    /// Programs without a verdict, which are not among the answers.
+    pub no_verdict: usize,
     pub pair_accuracy: Vec<f32>,
     /// How often each shown position was ranked first.
     pub picked_first: Vec<usize>,
+    /// What it took.
     pub seconds: f64,
 }
 
@@ -68,42 +72,60 @@ impl Rolled {
     pub fn add(&mut self, more: Rolled) {
         self.lesson = more.lesson;
         self.groups.extend(more.groups);
-        self.drawn += more.drawn;
+        self.left_out.extend(more.left_out);
         self.valid += more.valid;
+        self.no_verdict += more.no_verdict;
         self.pair_accuracy.extend(more.pair_accuracy);
-        self.picked_first.resize(more.picked_first.len(), 0);
+        let positions = self.picked_first.len().max(more.picked_first.len());
+        self.picked_first.resize(positions, 0);
         for (sum, count) in self.picked_first.iter_mut().zip(more.picked_first) {
             *sum += count;
         }
-        self.seconds = more.seconds;
     }
 
+    /// Leaves out the groups that `keep` does not want.
+    pub fn retain(&mut self, mut keep: impl FnMut(usize, &Answered) -> bool) {
+        for (i, group) in std::mem::take(&mut self.groups).into_iter().enumerate() {
+            if keep(i, &group) {
+                self.groups.push(group);
+            } else {
+                self.left_out.push(group);
+            }
+        }
+    }
+
+    /// All groups that were drawn.
+    pub fn drawn(&self) -> impl Iterator<Item = &Answered> {
+        self.groups.iter().chain(&self.left_out)
+    }
+
+    /// All answers that were drawn.
     pub fn answers(&self) -> impl Iterator<Item = &Completion> {
-        self.groups.iter().flat_map(|g| &g.answers)
-    }
-
-    pub fn truncated(&self) -> usize {
-        self.answers()
-            .filter(|a| a.finish == Finish::Length)
-            .count()
+        self.drawn().flat_map(|g| &g.answers)
     }
 }
 
-/// Draws answers. Its engine is made once, and again only where prompts or answers outgrow it; its
-/// sandbox when the first program is to be run.
+/// The temperature that a lesson's answers are drawn and trained at.
+pub(super) fn temperature(config: &Config, lesson: Lesson) -> f32 {
+    match lesson {
+        Lesson::Generation => config.sample.sampling.temperature,
+        Lesson::Ranking | Lesson::Imitation => config.train.temperature,
+    }
+}
+
+/// Draws answers. Its engine and its sandbox serve all steps.
 pub(super) struct Roller<B: Backend> {
-    engine: Option<(usize, Engine<B>)>,
+    pub engine: KeptEngine<B>,
     sandbox: Option<Sandbox>,
-    /// When the step's rollout began.
-    pub start: Instant,
+    run: RunFolder,
 }
 
 impl<B: Backend> Roller<B> {
-    pub fn new() -> Self {
+    pub fn new(run: &RunFolder) -> Self {
         Self {
-            engine: None,
+            engine: KeptEngine::new(),
             sandbox: None,
-            start: Instant::now(),
+            run: run.clone(),
         }
     }
 
@@ -111,7 +133,7 @@ impl<B: Backend> Roller<B> {
     pub fn sandbox(&mut self, config: &Config) -> Result<&Sandbox> {
         Ok(match &mut self.sandbox {
             Some(sandbox) => sandbox,
-            slot => slot.insert(open_sandbox(config)?),
+            slot => slot.insert(open_sandbox(config, &self.run)?),
         })
     }
 
@@ -119,31 +141,22 @@ impl<B: Backend> Roller<B> {
     pub fn draw(
         &mut self,
         session: &Session<B>,
-        config: &Config,
         what: &str,
         requests: &[Request],
+        temperature: f32,
         max_tokens: usize,
-        stop: &[String],
+        until: Until<'_>,
     ) -> Result<Vec<Vec<Completion>>> {
         let longest = requests.iter().map(|r| r.prompt.len()).max().unwrap_or(0);
-        let needed = longest + max_tokens;
-        let engine = match &mut self.engine {
-            Some((room, engine)) if *room >= needed => engine,
-            slot => {
-                // The old one goes first, so that the two never stand side by side.
-                *slot = None;
-                let room = longest.next_multiple_of(256);
-                let new = session.engine(room, max_tokens)?;
-                &mut slot.insert((room + max_tokens, new)).1
-            }
-        };
+        let engine = self.engine.with_room(session, longest, max_tokens)?;
+        // No filters: the ratio of the loss is that of the whole distribution.
         let settings = SamplingSettings {
-            temperature: config.train.temperature,
+            temperature,
             max_tokens,
             ..SamplingSettings::default()
         };
         let mut answers: Vec<Vec<Completion>> = requests.iter().map(|_| Vec::new()).collect();
-        session.generate(engine, what, requests, &settings, stop, |completion| {
+        session.generate(engine, what, requests, &settings, until, |completion| {
             answers[completion.request].push(completion);
             Ok(())
         })?;
@@ -154,36 +167,32 @@ impl<B: Backend> Roller<B> {
     }
 }
 
-/// Puts requests, answers and rewards (all answers' in one row) together, with the advantages that
-/// follow from them.
+/// Puts requests, answers and rewards together, with the advantages that follow from them.
 pub(super) fn answered<B: Backend>(
     session: &Session<B>,
     config: &Config,
     requests: Vec<Request>,
     answers: Vec<Vec<Completion>>,
-    rewards: &[f32],
+    rewards: Vec<Vec<f32>>,
 ) -> Result<Vec<Answered>> {
     let device = &session.device;
-    let g = config.train.judgments as usize;
-    let mut advantages = device.zeros::<f32>(rewards.len())?;
-    device.advantages(
-        requests.len(),
-        g,
-        config.train.advantages(),
-        &device.upload(rewards)?,
-        &mut advantages,
-    )?;
-    let advantages = device.download(&advantages)?;
-    let of = |values: &[f32], i: usize| values[i * g..(i + 1) * g].to_vec();
-    Ok(requests
-        .into_iter()
-        .zip(answers)
-        .enumerate()
-        .map(|(i, (request, answers))| Answered {
+    let mut groups = Vec::new();
+    for ((request, answers), rewards) in requests.into_iter().zip(answers).zip(rewards) {
+        // Groups differ in size where answers were left out.
+        let mut advantages = device.zeros::<f32>(rewards.len())?;
+        device.advantages(
+            1,
+            rewards.len(),
+            config.train.advantages(),
+            &device.upload(&rewards)?,
+            &mut advantages,
+        )?;
+        groups.push(Answered {
             prompt: request.prompt,
             answers,
-            rewards: of(rewards, i),
-            advantages: of(&advantages, i),
-        })
-        .collect())
+            rewards,
+            advantages: device.download(&advantages)?,
+        });
+    }
+    Ok(groups)
 }

@@ -13,6 +13,7 @@ use safetensors::{Dtype, SafeTensors, View};
 use std::borrow::Cow;
 use std::collections::HashMap;
 use std::fs::{self, File};
+use std::io::ErrorKind;
 
 /// The file of the last checkpoint.
 pub const STATE: &str = "state.safetensors";
@@ -72,6 +73,17 @@ pub(super) fn save<B: Backend>(
     fs::rename(&partial, &path)
         .with_context(|| format!("{}: cannot be written", path.display()))?;
     Ok(())
+}
+
+/// Removes the checkpoint, if there is one.
+pub(super) fn remove(run: &RunFolder) -> Result<()> {
+    let path = run.file(STATE);
+    match fs::remove_file(&path) {
+        Err(e) if e.kind() != ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("{}: cannot be removed", path.display()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Reads the state into `model` and `optimizer`; returns the steps that it is after, 0 where there is
