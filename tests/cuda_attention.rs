@@ -464,7 +464,6 @@ fn bad_indices_are_reported_and_memory_is_left_alone() {
 
 #[test]
 fn a_captured_decode_serves_later_steps() {
-    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode_enum::*};
     with_cuda(|cuda, _| {
         let h = heads(2, 1, 64);
         let qkv = up(cuda, &random(1, 2 * h.qkv_width()));
@@ -500,16 +499,15 @@ fn a_captured_decode_serves_later_steps() {
             bits(&cuda.download(&out).unwrap())
         });
         let mut out = cuda.zeros::<bf16>(2 * h.out_width()).unwrap();
-        let stream = cuda.stream();
-        stream
-            .begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-            .unwrap();
-        attend(&sequences, &mut out);
-        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+        let graph = cuda.record(|| {
+            attend(&sequences, &mut out);
+            Ok::<_, Error>(())
+        });
         let graph = graph.unwrap().unwrap();
         for (step, want) in steps.iter().zip(want) {
             cuda.write(&mut sequences, 0, step).unwrap();
-            graph.launch().unwrap();
+            // SAFETY: the buffers are alive.
+            unsafe { cuda.replay(&graph) }.unwrap();
             assert_eq!(bits(&cuda.download(&out).unwrap()), want);
         }
     });
