@@ -24,7 +24,10 @@ mod stream;
 
 pub use attention::{PagedFaults, PagedPointers};
 pub use cudarc;
-pub use launch::{Entry, Fault, Kernels, MODULES, Module};
+pub use launch::{Fault, Kernels};
+// For the tests and tools of this repository; no part of the interface.
+#[doc(hidden)]
+pub use launch::{Entry, MODULES, Module};
 pub use stream::Graph;
 
 use crate::error::check_len;
@@ -87,6 +90,25 @@ impl<T: Element> std::fmt::Debug for CudaBuffer<T> {
 /// operation that another thread called.
 ///
 /// While one thread records (see [`Device::record`]), the calls of others wait.
+///
+/// # Limits
+/// What the kernels ask for beyond the traits. All else is refused with [`Error::Invalid`].
+///
+/// | operations | limits |
+/// |---|---|
+/// | all that read weights | weights are bf16 |
+/// | `swiglu`, norms, `embed`, `gather_rows` and their backward passes | `width` a multiple of 8 |
+/// | `linear` and its backward passes | `inputs` and `outputs` multiples of 8 |
+/// | `logprob`, `logits` | `hidden` a multiple of 8 |
+/// | `qk_norm` | heads of a multiple of 8 elements, at most 256 |
+/// | `rope` | heads of a multiple of 16 elements, at most 512 |
+/// | `attention`, `attention_paged`, `cache_write` | heads of 64 or 128 elements; at most 65535 segments or sequences |
+/// | `sample` | at most 2^20 tokens in the vocabulary |
+/// | `plackett_luce_loss`, `pairwise_logistic_loss` | at most 4096 items in a list |
+/// | all | rows and widths below 2^31 |
+///
+/// A NaN or an infinity among attention's values may also reach earlier rows of its own sequence,
+/// never another's; on the CPU it reaches later rows alone.
 #[derive(Clone)]
 pub struct Cuda {
     stream: Arc<Stream>,
