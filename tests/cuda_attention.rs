@@ -515,7 +515,7 @@ fn a_captured_decode_serves_later_steps() {
 
 #[test]
 fn multiply_adds_are_in_mma_and_memory_is_used_well() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         for head_dim in [64, 128] {
             let h = heads(2, 1, head_dim);
             let rows = 128;
@@ -573,7 +573,7 @@ fn multiply_adds_are_in_mma_and_memory_is_used_well() {
 
 #[test]
 fn decode_moves_the_least_bytes() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         for head_dim in [64, 128] {
             let h = heads(2, 1, head_dim);
             let (count, context) = (3, 192);

@@ -317,7 +317,7 @@ fn refuses_short_buffers_and_odd_widths() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let shape = NormShape {
             rows: 4096,
             width: 576,

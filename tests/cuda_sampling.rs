@@ -7,7 +7,7 @@ mod common {
 #[path = "reference/sampling.rs"]
 mod reference;
 
-use common::cuda::{Costs, for_each_schedule, reports_of, up, with_cuda};
+use common::cuda::{Costs, for_each_schedule, reports_of, up, with_cuda, with_emulator};
 use dust_kernels::logprob::{HeadShape, Logprob};
 use dust_kernels::sampling::{RowSampling, Sampling};
 use dust_kernels::{Cpu, Cuda, Device, Error, Weight};
@@ -288,7 +288,7 @@ fn short_buffers_and_endless_vocabularies_are_refused() {
 
 #[test]
 fn plain_sampling_reads_the_logits_once() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let (rows, vocab) = (4, 8192);
         let logits = up(cuda, &random(1, rows * vocab, 4.0));
         let params = up(cuda, &numbered([RowSampling::default(); 4]));

@@ -166,7 +166,8 @@ impl Cuda {
         Ok(Self { stream })
     }
 
-    /// The stream that all work runs on, for launches of one's own.
+    /// The stream that all work runs on, for launches of one's own. What is launched there while
+    /// [`Device::record`] runs becomes part of the recording, whichever thread launches it.
     pub fn stream(&self) -> CUstream {
         self.stream.cuda().cu_stream()
     }
