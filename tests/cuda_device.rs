@@ -8,8 +8,8 @@ mod common {
 use common::cuda::*;
 use dust_kernels::activation::Activation;
 use dust_kernels::adamw::{AdamW, AdamWConfig};
-use dust_kernels::cuda::MODULES;
 use dust_kernels::cuda::cudarc::driver::{CudaContext, DevicePtr};
+use dust_kernels::cuda::{Fault, MODULES};
 use dust_kernels::gemm::{Gemm, LinearShape};
 use dust_kernels::{Buffer, Cuda, Device, Error, Weight};
 use half::bf16;
@@ -202,16 +202,18 @@ fn an_error_of_the_driver_is_not_taken_for_a_shape_that_is_too_large() {
     with_emulator(|cuda, _| {
         let (kernels, stream) = (cuda.kernels(), cuda.stream());
         let code = |items, at| {
-            // SAFETY: `at` are buffers of one list of items, or an address that the emulator
-            // finds fault with.
-            let result =
-                unsafe { kernels.pairwise_logistic_loss(stream, 1, items, 1.0, at, at, at, at) };
+            let none = Fault::IGNORED;
+            // SAFETY: nothing is at the address, which the emulator finds.
+            let result = unsafe {
+                kernels.plackett_luce_loss(stream, 1, items, 1.0, at, at, at, at, none, none)
+            };
             match result {
                 Err(Error::Device { code, .. }) => code,
                 other => other.map(|()| None).unwrap(),
             }
         };
-        // A list that fits, loads the kernel and leaves an error, for which the next call fails.
+        // A list that fits loads the kernel and leaves an error. The next asks for so much shared
+        // memory that the driver must allow it, and fails for that error.
         assert_eq!(code(2, 8), None);
         const ILLEGAL_ADDRESS: u32 = 700;
         assert_eq!(code(4096, 8), Some(ILLEGAL_ADDRESS));

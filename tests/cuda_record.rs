@@ -117,7 +117,8 @@ fn what_a_recording_cannot_hold_is_refused() {
             // Its segments would be read at the replay, when they may be gone.
             assert!(invalid(attend()));
             // More scratch memory than there is.
-            assert!(invalid(shift(cuda, &mut large)));
+            let error = shift(cuda, &mut large).unwrap_err().to_string();
+            assert!(error.contains("3145727 bytes of scratch"), "{error}");
             // A kernel that has not been loaded.
             assert!(invalid(cuda.swiglu(1, 8, &gate_up, &mut swiglu)));
             Ok(())
