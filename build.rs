@@ -1,7 +1,11 @@
 //! Compiles `kernels/*.cu` to PTX and embeds it, as `$OUT_DIR/modules.rs`.
 //!
 //! Never asks a GPU: `DUST_CUDA_ARCHS` names the targets (default `80`; a comma list such as
-//! `80,90a`). ptxas checks every file and prints what it takes; a register spill is an error.
+//! `80,90a`). ptxas checks every file and prints what it takes; a register spill is a warning, or
+//! an error if `DUST_DENY_SPILLS` is set.
+
+#[path = "build/targets.rs"]
+mod targets;
 
 use std::collections::hash_map::DefaultHasher;
 use std::fmt::Write as _;
@@ -11,23 +15,37 @@ use std::process::{Command, ExitCode};
 use std::sync::Mutex;
 use std::{env, fs};
 
+use targets::TARGETS;
+
 type Result<T> = std::result::Result<T, String>;
 
+/// What the result depends on, beside files. `PATH` is another, where it decides.
+const VARIABLES: [&str; 7] = [
+    "DUST_NVCC",
+    "CUDA_HOME",
+    "DUST_CUDA_ARCHS",
+    "DUST_DENY_SPILLS",
+    "NVCC_PREPEND_FLAGS",
+    "NVCC_APPEND_FLAGS",
+    "NVCC_CCBIN",
+];
+
 fn main() -> ExitCode {
-    println!("cargo:rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=build");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return ExitCode::SUCCESS;
     }
-    println!("cargo:rerun-if-changed=kernels");
-    for variable in ["DUST_NVCC", "CUDA_HOME", "DUST_CUDA_ARCHS"] {
-        println!("cargo:rerun-if-env-changed={variable}");
+    println!("cargo::rerun-if-changed=kernels");
+    for variable in VARIABLES {
+        println!("cargo::rerun-if-env-changed={variable}");
     }
     match build() {
         Ok(()) => ExitCode::SUCCESS,
         Err(message) => {
             // Cargo shows the lines that start so without the noise around them.
             for line in message.lines() {
-                println!("cargo:error={line}");
+                println!("cargo::error={line}");
             }
             ExitCode::FAILURE
         }
@@ -42,25 +60,27 @@ fn build() -> Result<()> {
         return write_modules(&out, &[]); // documentation is built without a compiler for CUDA
     }
     let archs = env::var("DUST_CUDA_ARCHS").unwrap_or_else(|_| "80".into());
-    let archs: Vec<&str> = archs.split(',').map(str::trim).collect();
-    for arch in &archs {
-        let digits = arch.strip_suffix('a').unwrap_or(arch);
-        if !digits.parse().is_ok_and(|a: u32| (80..1000).contains(&a)) {
-            return Err(format!(
-                "DUST_CUDA_ARCHS: `{arch}` is no target; give compute capabilities from 80 on, as `80,90a`"
-            ));
-        }
-    }
+    let archs: Vec<(&str, &str)> = archs.split(',').map(target).collect::<Result<_>>()?;
     let ops = stems(&root.join("kernels"))?;
     let nvcc = find_nvcc(&root)?;
     let ptxas = nvcc.with_file_name("ptxas");
-    let headers = header_text(&root.join("kernels/include"))?;
+    println!("cargo::rerun-if-changed={}", nvcc.display());
+    let mut fingerprint = DefaultHasher::new();
+    include_str!("build.rs").hash(&mut fingerprint);
+    header_text(&root.join("kernels/include"))?.hash(&mut fingerprint);
+    // The compiler may be another one tomorrow, in the same place.
+    run(Command::new(&nvcc).arg("--version"))?.hash(&mut fingerprint);
+    run(Command::new(&ptxas).arg("--version"))?.hash(&mut fingerprint);
+    for variable in VARIABLES.iter().filter(|name| name.starts_with("NVCC")) {
+        env::var_os(variable).hash(&mut fingerprint);
+    }
     let jobs: Vec<Job> = ops
         .iter()
         .flat_map(|op| archs.iter().map(move |arch| (op, arch)))
-        .map(|(op, arch)| Job {
+        .map(|(op, (arch, version))| Job {
             op: op.clone(),
             arch: arch.to_string(),
+            version: version.to_string(),
             ptx: out.join(format!("{op}.{arch}.ptx")),
         })
         .collect();
@@ -75,7 +95,7 @@ fn build() -> Result<()> {
                     let Some(job) = next.lock().ok().and_then(|mut jobs| jobs.next()) else {
                         return;
                     };
-                    if let Err(message) = job.run(&root, &nvcc, &ptxas, &headers)
+                    if let Err(message) = job.run(&root, &nvcc, &ptxas, fingerprint.clone())
                         && let Ok(mut failures) = failures.lock()
                     {
                         failures.push(message);
@@ -88,7 +108,39 @@ fn build() -> Result<()> {
     if !failures.is_empty() {
         return Err(failures.join("\n"));
     }
+    report_spills(&jobs)?;
     write_modules(&out, &jobs)
+}
+
+/// A target of the table, and the PTX ISA that it needs.
+fn target(arch: &str) -> Result<(&str, &'static str)> {
+    let arch = arch.trim();
+    let known = TARGETS.iter().find(|(name, _)| *name == arch);
+    known.map(|(_, version)| (arch, *version)).ok_or_else(|| {
+        let names: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).collect();
+        format!(
+            "DUST_CUDA_ARCHS: `{arch}` is no target of these kernels, but {} are; give a comma list",
+            names.join(", ")
+        )
+    })
+}
+
+/// A spill makes a kernel slow, not wrong, and depends on the ptxas at hand: whoever only uses the
+/// kernels is told.
+fn report_spills(jobs: &[Job]) -> Result<()> {
+    for job in jobs {
+        let report = read(&job.resources())?;
+        let spills =
+            |line: &&str| line.contains(" spill stores") && !line.contains(" 0 bytes spill stores");
+        if let Some(line) = report.lines().find(spills) {
+            let message = format!("kernels/{}.cu, sm_{}: {}", job.op, job.arch, line.trim());
+            if env::var_os("DUST_DENY_SPILLS").is_some() {
+                return Err(message);
+            }
+            println!("cargo::warning={message}");
+        }
+    }
+    Ok(())
 }
 
 /// Names of the operations that have a kernel file, sorted.
@@ -127,23 +179,48 @@ fn find_nvcc(root: &Path) -> Result<PathBuf> {
         };
     }
     let home = env::var_os("CUDA_HOME").map(|home| PathBuf::from(home).join("bin"));
+    if let Some(nvcc) = home
+        .map(|bin| bin.join(&name))
+        .filter(|nvcc| nvcc.is_file())
+    {
+        return Ok(nvcc);
+    }
+    println!("cargo::rerun-if-env-changed=PATH");
     let path = env::var_os("PATH").unwrap_or_default();
-    home.into_iter()
-        .chain(env::split_paths(&path))
+    env::split_paths(&path)
         .chain([root.join(".toolchain/nvidia/cu13/bin")])
         .map(|folder| folder.join(&name))
         .find(|path| path.is_file())
         .ok_or_else(|| {
-            "the CUDA kernels need nvcc: run `make toolchain` (fetches it to .toolchain), or set \
-             DUST_NVCC or CUDA_HOME, or build with --no-default-features (CPU alone)"
-                .into()
+            let checkout = match root.join("scripts/fetch_toolchain.py").is_file() {
+                true => "run `make toolchain` (fetches it to .toolchain), or ",
+                false => "",
+            };
+            format!(
+                "the CUDA kernels need nvcc: {checkout}set DUST_NVCC to it or CUDA_HOME to a CUDA \
+                 toolkit. Without one: `pip install --target cuda --no-deps {}`, then \
+                 DUST_NVCC=$PWD/cuda/nvidia/cu13/bin/nvcc. Or build with --no-default-features \
+                 (default-features = false in Cargo.toml): the CPU alone",
+                WHEELS.join(" ")
+            )
         })
 }
+
+/// nvcc and what it needs, as Python wheels.
+const WHEELS: [&str; 5] = [
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+];
 
 /// One kernel file for one target.
 struct Job {
     op: String,
     arch: String,
+    /// The PTX ISA that it is declared as.
+    version: String,
     ptx: PathBuf,
 }
 
@@ -153,11 +230,15 @@ impl Job {
         self.ptx.with_extension("resources")
     }
 
-    fn run(&self, root: &Path, nvcc: &Path, ptxas: &Path, headers: &str) -> Result<()> {
+    fn run(
+        &self,
+        root: &Path,
+        nvcc: &Path,
+        ptxas: &Path,
+        mut fingerprint: DefaultHasher,
+    ) -> Result<()> {
         let source = format!("kernels/{}.cu", self.op);
-        let mut fingerprint = DefaultHasher::new();
-        (read(&root.join(&source))?, headers, nvcc).hash(&mut fingerprint);
-        include_str!("build.rs").hash(&mut fingerprint);
+        (read(&root.join(&source))?, &self.version, nvcc).hash(&mut fingerprint);
         let fingerprint = fingerprint.finish().to_string();
         let stamp = self.ptx.with_extension("stamp");
         if fs::read_to_string(&stamp).is_ok_and(|old| old == fingerprint) {
@@ -173,12 +254,9 @@ impl Job {
         run(&mut compile)?;
 
         // Drivers refuse PTX that is newer than they are. Nothing in the kernels needs more than
-        // what CUDA 12.0's drivers know, and ptxas below confirms it for this very text.
-        let version = if self.arch.ends_with('a') {
-            "8.0"
-        } else {
-            "7.0"
-        };
+        // the first version that has the target (80 to 90a: what CUDA 12.0's drivers know), and
+        // ptxas below confirms it for this very text.
+        let version = &self.version;
         let here = format!("\"{}/", root.display());
         let text: String = read(&self.ptx)?
             .lines()
@@ -193,7 +271,7 @@ impl Job {
         fs::write(&self.ptx, text).map_err(|e| format!("{}: {e}", self.ptx.display()))?;
 
         let mut assemble = Command::new(ptxas);
-        assemble.args(["-v", "--warn-on-spills", "--warning-as-error"]);
+        assemble.args(["-v", "--warning-as-error"]);
         assemble
             .arg(format!("-arch=sm_{}", self.arch))
             .arg(&self.ptx);

@@ -24,7 +24,7 @@ pub trait Activation: Device {
     /// `out[i, j] = silu(gate_up[i, j]) * gate_up[i, width + j]`; `gate_up` is `[rows, 2 * width]`.
     ///
     /// # Errors
-    /// Short buffers.
+    /// Short buffers; on a CUDA device a width that is no multiple of 8.
     fn swiglu(
         &self,
         rows: usize,
@@ -36,7 +36,7 @@ pub trait Activation: Device {
     /// The gradient of [`Activation::swiglu`] with respect to `gate_up`, from that of `out`.
     ///
     /// # Errors
-    /// Short buffers.
+    /// As [`Activation::swiglu`].
     fn swiglu_backward(
         &self,
         rows: usize,

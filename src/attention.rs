@@ -136,7 +136,8 @@ pub trait Attention: Device {
     ///
     /// # Errors
     /// Short buffers, segments outside of `rows`, a prefix that is not the whole or the beginning
-    /// of a segment without a prefix, overlapping segments.
+    /// of a segment without a prefix, overlapping segments; on a CUDA device heads of other than 64
+    /// or 128 elements.
     fn attention(
         &self,
         rows: usize,
@@ -173,7 +174,7 @@ pub trait Attention: Device {
     /// `page * PAGE + place`. The caches are `[pages, PAGE, kv_heads, head_dim]`.
     ///
     /// # Errors
-    /// Short buffers, a slot outside of the cache.
+    /// Short buffers, a slot outside of the cache; heads as for [`Attention::attention`].
     fn cache_write(
         &self,
         rows: usize,
@@ -191,7 +192,7 @@ pub trait Attention: Device {
     ///
     /// # Errors
     /// Short buffers, a page outside of the cache, `q_len > context`, a sequence beyond the bounds
-    /// of `batch`.
+    /// of `batch`; heads as for [`Attention::attention`].
     fn attention_paged(
         &self,
         heads: Heads,

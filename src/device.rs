@@ -110,8 +110,13 @@ pub trait Device: Send + Sync + Sized {
     /// Records the operations that `body` calls. Devices that start every operation on its own run
     /// them instead and return `None`.
     ///
-    /// The same operations must have run once before, with sizes at least as large. `body` must not
-    /// make, read or write buffers from the host.
+    /// The same operations must have run once before, with sizes at least as large. Inside of `body`
+    /// the device refuses, with [`crate::Error::Invalid`]: what reads or writes host memory (also the
+    /// operations that take lists from the host, such as `attention` and `attention_backward`), new
+    /// buffers, another `record` and `replay`. Buffers that are dropped there are freed afterwards.
+    ///
+    /// Calls of other threads wait until the recording has ended, so `body` must not wait for such a
+    /// thread. Errors and panics of `body` end the recording, and nothing of it is kept.
     ///
     /// # Errors
     /// Those of `body`, and what the device reports.
@@ -123,11 +128,11 @@ pub trait Device: Send + Sync + Sized {
     /// Runs recorded operations again, on the buffers of then with their content of now.
     ///
     /// # Errors
-    /// What the device reports.
+    /// A graph of another device; what the device reports.
     ///
     /// # Safety
-    /// Every buffer that the recorded operations used is alive, and the graph was recorded by this
-    /// device.
+    /// Every buffer that the recorded operations used is alive. Scratch memory and kernels are kept
+    /// by the graph itself.
     unsafe fn replay(&self, graph: &Self::Graph) -> Result<()>;
 
     /// A new buffer with the elements of `host`.

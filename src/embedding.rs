@@ -26,7 +26,8 @@ pub trait Embedding: Device {
     /// as many tokens as its buffer has whole rows.
     ///
     /// # Errors
-    /// Short buffers; a token that is not below `vocab`: then nothing is written.
+    /// Short buffers; a token that is not below `vocab`: then nothing is written; on a CUDA device a
+    /// width that is no multiple of 8, or a table that is not bf16.
     fn embed(
         &self,
         rows: usize,

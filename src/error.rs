@@ -5,6 +5,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// Why an operation refused its arguments or failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// A buffer is smaller than the shape asks for.
     #[error("{op}: `{name}` holds {len} elements, the shape needs {needed}")]
@@ -53,6 +54,8 @@ pub enum Error {
         op: &'static str,
         /// The driver's words.
         message: String,
+        /// The driver's number for it (CUDA's `CUresult`), if it gave one.
+        code: Option<u32>,
     },
 }
 

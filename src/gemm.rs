@@ -21,7 +21,8 @@ pub trait Gemm: Device {
     /// A row of `y` has the same bits whatever `rows` is.
     ///
     /// # Errors
-    /// Short buffers; a weight format that the device does not take.
+    /// Short buffers; on a CUDA device weights that are not bf16, or inputs or outputs that are no
+    /// multiple of 8.
     fn linear(
         &self,
         shape: LinearShape,

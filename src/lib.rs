@@ -5,9 +5,10 @@
 //!
 //! With the feature `cuda`, on by default, there is `Cuda`: the operations as hand-written CUDA
 //! kernels with bf16 activations, launched through the driver alone, and the module `cuda` with the
-//! same kernels on plain device pointers. Building it needs nvcc (`make toolchain` fetches it), not
-//! a GPU. **It has run on `cuda-emulator` only**, which executes the PTX on the CPU with checks for
-//! races and bad accesses; on hardware it is untried. `default-features = false` leaves it out.
+//! same kernels on plain device pointers. Building it needs nvcc, which `CUDA_HOME` or `DUST_NVCC`
+//! names if it is not on `PATH` (in a checkout `make toolchain` fetches one), not a GPU. **It has run
+//! on `cuda-emulator` only**, which executes the PTX on the CPU with checks for races and bad
+//! accesses; on hardware it is untried. `default-features = false` leaves it out.
 //! The feature `cust` adds `cuda::cust`: the kernels on the buffers of the crate cust.
 //!
 //! Three promises hold for every operation, and tests hold them:

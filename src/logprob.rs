@@ -22,7 +22,8 @@ pub trait Logprob: Device {
     /// Log-probability, log-sum-exp and entropy (nats) of each row; `[rows]` each, f32.
     ///
     /// # Errors
-    /// Short buffers, a target outside of the vocabulary, a temperature that is not positive.
+    /// Short buffers, a target outside of the vocabulary, a temperature that is not positive; on a
+    /// CUDA device a head that is not bf16, or a hidden width that is no multiple of 8.
     fn logprob(
         &self,
         shape: HeadShape,
@@ -59,7 +60,7 @@ pub trait Logprob: Device {
     /// The logits `x headᵀ` of a few rows, `[rows, vocab]` f32, for [`crate::sampling`].
     ///
     /// # Errors
-    /// Short buffers.
+    /// Short buffers; on a CUDA device as [`Logprob::logprob`].
     fn logits(
         &self,
         shape: HeadShape,

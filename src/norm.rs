@@ -18,7 +18,7 @@ pub trait Norm: Device {
     /// `y = x * rstd * weight` with `rstd[i] = 1 / sqrt(mean_j x[i,j]^2 + eps)`, kept for backward.
     ///
     /// # Errors
-    /// Short buffers.
+    /// Short buffers; on a CUDA device a width that is no multiple of 8.
     fn rms_norm(
         &self,
         shape: NormShape,
@@ -32,7 +32,7 @@ pub trait Norm: Device {
     /// `sum = residual + delta`, then `y = rms_norm(sum)`.
     ///
     /// # Errors
-    /// Short buffers.
+    /// As [`Norm::rms_norm`].
     fn add_rms_norm(
         &self,
         shape: NormShape,
@@ -51,7 +51,7 @@ pub trait Norm: Device {
     /// `dweight += sum over rows of dy * h`, rows in order.
     ///
     /// # Errors
-    /// Short buffers.
+    /// As [`Norm::rms_norm`].
     fn rms_norm_backward(
         &self,
         shape: NormShape,
@@ -68,7 +68,7 @@ pub trait Norm: Device {
     /// values are copied. `rstd` is `[rows, q_heads + kv_heads]`.
     ///
     /// # Errors
-    /// Short buffers.
+    /// Short buffers; on a CUDA device a `head_dim` that is no multiple of 8 or above 256.
     fn qk_norm(
         &self,
         rows: usize,
@@ -85,7 +85,7 @@ pub trait Norm: Device {
     /// input, and adds to `dq_weight` and `dk_weight`. The values' part is untouched.
     ///
     /// # Errors
-    /// Short buffers.
+    /// As [`Norm::qk_norm`].
     fn qk_norm_backward(
         &self,
         rows: usize,

@@ -13,7 +13,8 @@ pub trait Rope: Device {
     /// taken at `positions[row]`. `inverse` turns the other way, which is the backward pass.
     ///
     /// # Errors
-    /// Short buffers, an odd `head_dim`, a position outside of the tables.
+    /// Short buffers, an odd `head_dim`, a position outside of the tables; on a CUDA device a
+    /// `head_dim` that is no multiple of 16 or above 512.
     fn rope(
         &self,
         rows: usize,

@@ -77,7 +77,7 @@ pub trait Sampling: Device {
     /// tokens, in their order, passes it. The most probable token is always kept.
     ///
     /// # Errors
-    /// Short buffers.
+    /// Short buffers; on a CUDA device more than 2^20 tokens.
     fn sample(
         &self,
         rows: usize,

@@ -178,7 +178,7 @@ fn refuses_short_buffers_and_odd_widths() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let (rows, width) = (256, 1536);
         let n = rows * width;
         let (gate_up, dout) = (up(cuda, &random(7, 2 * n)), up(cuda, &random(8, n)));

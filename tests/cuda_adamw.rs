@@ -7,7 +7,9 @@ mod common {
 #[path = "reference/adamw.rs"]
 mod reference;
 
-use common::cuda::{Costs, bits, for_each_schedule, reports_of, up, wide, with_cuda};
+use common::cuda::{
+    Costs, bits, for_each_schedule, reports_of, up, wide, with_cuda, with_emulator,
+};
 use dust_kernels::adamw::{AdamW, AdamWConfig};
 use dust_kernels::{Cpu, Cuda, Device, Error};
 use half::bf16;
@@ -136,7 +138,7 @@ fn bad_arguments_are_refused_as_on_the_cpu() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let n = 64 * 1024;
         let (scale, grad) = (up(cuda, &[1f32]), up(cuda, &random(1, n)));
         let mut param = up(cuda, &random(2, n));

@@ -453,7 +453,6 @@ fn bad_indices_are_reported_and_memory_is_left_alone() {
 
 #[test]
 fn a_captured_decode_serves_later_steps() {
-    use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode_enum::*};
     with_cuda(|cuda, _| {
         let h = heads(2, 1, 64);
         let qkv = up(cuda, &random(1, 2 * h.qkv_width()));
@@ -490,16 +489,15 @@ fn a_captured_decode_serves_later_steps() {
             bits(&cuda.download(&out).unwrap())
         });
         let mut out = cuda.zeros::<bf16>(2 * h.out_width()).unwrap();
-        let stream = cuda.stream();
-        stream
-            .begin_capture(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
-            .unwrap();
-        attend(&sequences, &mut out);
-        let graph = stream.end_capture(CUgraphInstantiate_flags(0));
+        let graph = cuda.record(|| {
+            attend(&sequences, &mut out);
+            Ok::<_, Error>(())
+        });
         let graph = graph.unwrap().unwrap();
         for (step, want) in steps.iter().zip(want) {
             cuda.write(&mut sequences, 0, step).unwrap();
-            graph.launch().unwrap();
+            // SAFETY: the buffers are alive.
+            unsafe { cuda.replay(&graph) }.unwrap();
             assert_eq!(bits(&cuda.download(&out).unwrap()), want);
         }
     });
@@ -507,7 +505,7 @@ fn a_captured_decode_serves_later_steps() {
 
 #[test]
 fn multiply_adds_are_in_mma_and_memory_is_used_well() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         for head_dim in [64, 128] {
             let h = heads(2, 1, head_dim);
             let rows = 128;
@@ -565,7 +563,7 @@ fn multiply_adds_are_in_mma_and_memory_is_used_well() {
 
 #[test]
 fn decode_moves_the_least_bytes() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         // Seven query heads to a key/value head, as Qwen2.5-0.5B has, have the most states.
         let shapes = [heads(7, 1, 64), heads(6, 2, 64), heads(7, 1, 128)];
         for (h, context) in shapes

@@ -203,7 +203,7 @@ fn bad_arguments_are_refused() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let (rows, width, vocab) = (1024, 2048, 1500);
         let n = rows * width;
         let targets = tokens(8, rows, vocab);

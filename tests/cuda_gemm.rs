@@ -223,7 +223,7 @@ fn bad_arguments_are_refused_by_name() {
 
 #[test]
 fn every_product_is_in_mma_and_memory_is_used_well() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         // Training: two tiles each way.
         let shape = LinearShape {
             rows: 256,

@@ -7,7 +7,7 @@ mod common {
 #[path = "reference/grpo.rs"]
 mod reference;
 
-use common::cuda::{Costs, bits, for_each_schedule, reports_of, up, with_cuda};
+use common::cuda::{Costs, bits, for_each_schedule, reports_of, up, with_cuda, with_emulator};
 use dust_kernels::grpo::{
     AdvantageConfig, Grpo, GrpoConfig, KlEstimator, RatioLevel, SequenceStats,
 };
@@ -324,7 +324,7 @@ fn bad_arguments_are_refused_as_on_the_cpu() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let (sequences, length) = (4, 4096);
         let batch = Batch::random(7, &[length; 4], 0.3);
         let tokens = sequences * length;

@@ -319,7 +319,7 @@ fn bad_arguments_are_refused() {
 
 #[test]
 fn every_product_is_in_mma_and_memory_is_used_well() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let shape = HeadShape {
             rows: 128,
             hidden: 512,

@@ -309,7 +309,7 @@ fn refuses_short_buffers_and_odd_widths() {
         let invalid = norm(12, 36, 12).unwrap_err().to_string();
         assert_eq!(
             invalid,
-            "rms_norm: the width must be a multiple of 8, it is 12"
+            "rms_norm: `width` must be a multiple of 8, it is 12"
         );
         assert!(matches!(norm(0, 0, 0), Err(Error::Invalid { .. })));
     });
@@ -317,7 +317,7 @@ fn refuses_short_buffers_and_odd_widths() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let shape = NormShape {
             rows: 4096,
             width: 576,

@@ -7,7 +7,7 @@ mod common {
 #[path = "reference/ranking.rs"]
 mod reference;
 
-use common::cuda::{Costs, bits, for_each_schedule, reports_of, up, with_cuda};
+use common::cuda::{Costs, bits, for_each_schedule, reports_of, up, with_cuda, with_emulator};
 use dust_kernels::ranking::{Ranking, RankingReward};
 use dust_kernels::{Cpu, Cuda, Device, Error};
 use reference::{
@@ -246,7 +246,7 @@ fn bad_arguments_are_refused_as_on_the_cpu() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let (lists, items) = (64, 64);
         let n = lists * items;
         let scores = up(cuda, &random(1, n, 3.0));

@@ -180,7 +180,7 @@ fn refuses_short_buffers_and_odd_heads() {
 
 #[test]
 fn costs_are_bounded() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let (rows, h) = (POSITIONS, heads(9, 3, 64));
         let (cos, sin) = tables(64);
         let (cos, sin) = (up(cuda, &cos), up(cuda, &sin));

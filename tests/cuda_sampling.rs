@@ -9,7 +9,7 @@ mod common {
 #[path = "reference/sampling.rs"]
 mod reference;
 
-use common::cuda::{Costs, for_each_schedule, reports_of, up, with_cuda};
+use common::cuda::{Costs, for_each_schedule, reports_of, up, with_cuda, with_emulator};
 use common::workloads::zipf;
 use dust_kernels::logprob::{HeadShape, Logprob};
 use dust_kernels::sampling::{RowSampling, Sampling};
@@ -319,7 +319,7 @@ fn more_tokens_than_a_list_holds_are_narrowed_down() {
 
 #[test]
 fn sampling_reads_the_logits_once() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let (rows, vocab) = (2, 151_936);
         let logits = up(cuda, &zipf(rows, vocab));
         let plain = RowSampling::default();

@@ -9,7 +9,7 @@ mod common {
     pub mod workloads;
 }
 
-use common::cuda::with_cuda;
+use common::cuda::with_emulator;
 use common::workloads::{Workload, all};
 use cuda_emulator::Counters;
 use cuda_emulator::estimate::{A100, Gpu, H100, occupancy, roofline};
@@ -168,7 +168,7 @@ fn compare(path: &str, text: &str) {
 
 #[test]
 fn the_tables_are_up_to_date() {
-    with_cuda(|cuda, emulator| {
+    with_emulator(|cuda, emulator| {
         let workloads = all(cuda, emulator);
         compare("kernels/TABLE.md", &resources(&workloads));
         compare("docs/counters.md", &counters(&workloads));

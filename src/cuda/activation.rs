@@ -11,7 +11,7 @@ const THREADS: usize = 256;
 
 /// The grid, and the vectors of 8 in all and in a row.
 fn grid(op: &'static str, rows: usize, width: usize) -> Result<(Grid, i32, i32)> {
-    check_width(op, width)?;
+    check_width(op, "width", width)?;
     let vectors = width / 8;
     let count = rows.saturating_mul(vectors);
     let grid = Grid::new(count.div_ceil(THREADS), THREADS);
@@ -82,9 +82,12 @@ impl Activation for Cuda {
         out: &mut CudaBuffer<bf16>,
     ) -> Result<()> {
         check_swiglu(rows, width, gate_up.len(), out.len())?;
-        let (kernels, stream) = self.launcher("swiglu")?;
+        let turn = self.turn("swiglu", &[gate_up, out])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.swiglu(stream, rows, width, gate_up.address(), out.address()) }
+        unsafe {
+            turn.kernels
+                .swiglu(turn.stream, rows, width, gate_up.address(), out.address())
+        }
     }
 
     fn swiglu_backward(
@@ -96,11 +99,11 @@ impl Activation for Cuda {
         dgate_up: &mut CudaBuffer<bf16>,
     ) -> Result<()> {
         check_swiglu_backward(rows, width, gate_up.len(), dout.len(), dgate_up.len())?;
-        let (kernels, stream) = self.launcher("swiglu_backward")?;
+        let turn = self.turn("swiglu_backward", &[gate_up, dout, dgate_up])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.swiglu_backward(
-                stream,
+            turn.kernels.swiglu_backward(
+                turn.stream,
                 rows,
                 width,
                 gate_up.address(),

@@ -140,11 +140,11 @@ impl AdamW for Cuda {
     ) -> Result<()> {
         let lens = [scale.len(), grad.len(), param.len(), m.len(), v.len()];
         check_adamw(config, len, lens, copy.as_ref().map(|copy| copy.len()))?;
-        let (kernels, stream) = self.launcher("adamw")?;
+        let turn = self.turn("adamw", &[scale, grad, param, m, v, &copy])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.adamw(
-                stream,
+            turn.kernels.adamw(
+                turn.stream,
                 config,
                 len,
                 scale.address(),
@@ -165,11 +165,12 @@ impl AdamW for Cuda {
         index: usize,
     ) -> Result<()> {
         check_sum_of_squares(len, x.len(), out.len(), index)?;
-        let (kernels, stream) = self.launcher("sum_of_squares")?;
-        let scratch = self.scratch(Kernels::sum_of_squares_scratch(len))?;
+        let mut turn = self.turn("sum_of_squares", &[x, out])?;
+        let scratch = turn.scratch(Kernels::sum_of_squares_scratch(len))?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.sum_of_squares(stream, len, x.address(), out.at(index), scratch.address())
+            turn.kernels
+                .sum_of_squares(turn.stream, len, x.address(), out.at(index), scratch)
         }
     }
 
@@ -182,9 +183,12 @@ impl AdamW for Cuda {
         scale: &mut CudaBuffer<f32>,
     ) -> Result<()> {
         check_clip_scale(sums, max_norm, [squares.len(), norm.len(), scale.len()])?;
-        let (kernels, stream) = self.launcher("clip_scale")?;
+        let turn = self.turn("clip_scale", &[squares, norm, scale])?;
         let (squares, norm, scale) = (squares.address(), norm.address(), scale.address());
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.clip_scale(stream, sums, max_norm, squares, norm, scale) }
+        unsafe {
+            turn.kernels
+                .clip_scale(turn.stream, sums, max_norm, squares, norm, scale)
+        }
     }
 }

@@ -4,13 +4,12 @@
 //! may also reach earlier rows of its own sequence (never another sequence); on the CPU it does not.
 
 use super::launch::{Fault, Grid, Kernels, dim};
-use super::{Cuda, CudaBuffer, device_error};
+use super::{Cuda, CudaBuffer};
 use crate::attention::{
     Attention, Heads, PAGE, PagedBatch, Segment, check_attention, check_attention_backward,
     check_cache_write, check_paged,
 };
 use crate::{Buffer, Error, Result};
-use cudarc::driver::result;
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use half::bf16;
 
@@ -431,25 +430,6 @@ fn max_len(segments: &[Segment]) -> usize {
     segments.iter().map(|s| s.len).max().unwrap_or(0) as usize
 }
 
-impl Cuda {
-    /// Copies segments to device memory.
-    fn upload_segments(
-        &self,
-        op: &'static str,
-        segments: &[Segment],
-        to: CUdeviceptr,
-        stream: CUstream,
-    ) -> Result<()> {
-        if segments.is_empty() {
-            return Ok(());
-        }
-        let bytes: &[u8] = bytemuck::cast_slice(segments);
-        // SAFETY: callers pass as many bytes of scratch memory; the driver copies pageable host
-        // memory before it returns.
-        unsafe { result::memcpy_htod_async(to, bytes, stream) }.map_err(|e| device_error(op, e))
-    }
-}
-
 impl Attention for Cuda {
     fn attention(
         &self,
@@ -463,17 +443,18 @@ impl Attention for Cuda {
     ) -> Result<()> {
         const OP: &str = "attention";
         check_attention(rows, heads, segments, [qkv.len(), out.len(), lse.len()])?;
-        let (kernels, stream) = self.launcher(OP)?;
-        let scratch = self.scratch(size_of_val(segments))?;
-        self.upload_segments(OP, segments, scratch.address(), stream)?;
+        let mut turn = self.turn(OP, &[qkv, out, lse])?;
+        let scratch = turn.scratch(size_of_val(segments))?;
+        // SAFETY: scratch memory of that size.
+        unsafe { turn.write(scratch, bytemuck::cast_slice(segments))? };
         // SAFETY: lengths and segments are checked, the buffers are distinct and live on this
         // stream.
         unsafe {
-            kernels.attention(
-                stream,
+            turn.kernels.attention(
+                turn.stream,
                 heads,
                 scale,
-                scratch.address(),
+                scratch,
                 segments.len(),
                 max_len(segments),
                 qkv.address(),
@@ -500,18 +481,19 @@ impl Attention for Cuda {
         let inputs = [qkv.len(), out.len(), lse.len()];
         let lens = [inputs, [dout.len(), delta.len(), dqkv.len()]];
         check_attention_backward(rows, heads, segments, lens)?;
-        let (kernels, stream) = self.launcher(OP)?;
-        let scratch = self.scratch(size_of_val(segments))?;
-        self.upload_segments(OP, segments, scratch.address(), stream)?;
+        let mut turn = self.turn(OP, &[qkv, out, lse, dout, delta, dqkv])?;
+        let scratch = turn.scratch(size_of_val(segments))?;
+        // SAFETY: scratch memory of that size.
+        unsafe { turn.write(scratch, bytemuck::cast_slice(segments))? };
         // SAFETY: lengths and segments are checked, the buffers are distinct and live on this
         // stream.
         unsafe {
-            kernels.attention_backward(
-                stream,
+            turn.kernels.attention_backward(
+                turn.stream,
                 rows,
                 heads,
                 scale,
-                scratch.address(),
+                scratch,
                 segments.len(),
                 max_len(segments),
                 qkv.address(),
@@ -536,12 +518,12 @@ impl Attention for Cuda {
         const OP: &str = "cache_write";
         let lens = [qkv.len(), slots.len(), k_cache.len(), v_cache.len()];
         let pages = check_cache_write(rows, heads, lens)?;
-        let (kernels, stream) = self.launcher(OP)?;
+        let mut turn = self.turn(OP, &[qkv, slots, k_cache, v_cache])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream; of two
         // equal slots, which only a broken page table has, either row may win.
         unsafe {
-            kernels.cache_write(
-                stream,
+            turn.kernels.cache_write(
+                turn.stream,
                 rows,
                 heads,
                 pages,
@@ -549,7 +531,7 @@ impl Attention for Cuda {
                 slots.address(),
                 k_cache.address(),
                 v_cache.address(),
-                self.fault(OP, "slots"),
+                turn.fault("slots"),
             )
         }
     }
@@ -570,9 +552,12 @@ impl Attention for Cuda {
         if batch.count == 0 {
             return Ok(());
         }
-        let (kernels, stream) = self.launcher(OP)?;
+        let mut turn = self.turn(
+            OP,
+            &[batch.sequences, batch.pages, qkv, k_cache, v_cache, out],
+        )?;
         let bytes = Kernels::attention_paged_scratch(heads, batch.count, batch.max_context);
-        let scratch = self.scratch(bytes)?;
+        let scratch = turn.scratch(bytes)?;
         let pointers = PagedPointers {
             sequences: batch.sequences.address(),
             count: batch.count,
@@ -583,18 +568,18 @@ impl Attention for Cuda {
             page_count: batch.pages.len(),
             cache_pages,
             faults: PagedFaults {
-                q_len: self.fault(OP, "q_len"),
-                context: self.fault(OP, "context"),
-                q_start: self.fault(OP, "q_start"),
-                first_page: self.fault(OP, "first_page"),
-                page: self.fault(OP, "pages"),
+                q_len: turn.fault("q_len"),
+                context: turn.fault("context"),
+                q_start: turn.fault("q_start"),
+                first_page: turn.fault("first_page"),
+                page: turn.fault("pages"),
             },
         };
         // SAFETY: the lengths are checked, the kernels keep within them whatever the sequences say,
         // the buffers are distinct and live on this stream.
         unsafe {
-            kernels.attention_paged(
-                stream,
+            turn.kernels.attention_paged(
+                turn.stream,
                 heads,
                 scale,
                 pointers,
@@ -602,7 +587,7 @@ impl Attention for Cuda {
                 k_cache.address(),
                 v_cache.address(),
                 out.address(),
-                scratch.address(),
+                scratch,
             )
         }
     }

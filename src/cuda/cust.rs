@@ -51,6 +51,7 @@ impl<'context> CustKernels<'context> {
         CurrentContext::set_current(context).map_err(|e| Error::Device {
             op: "CustKernels::new",
             message: e.to_string(),
+            code: None,
         })?;
         // SAFETY: the value borrows the context that is current now.
         let kernels = unsafe { Kernels::in_current_context() }?;

@@ -35,7 +35,7 @@ impl Kernels {
         fault: Fault,
     ) -> Result<()> {
         const OP: &str = "gather_rows";
-        check_width(OP, width)?;
+        check_width(OP, "width", width)?;
         let grid = Grid::new(rows.div_ceil(WARPS), WARPS * WARP);
         let (rows, width) = (dim(OP, "rows", rows)?, dim(OP, "width", width)?);
         let limit = u32::try_from(limit).unwrap_or(u32::MAX);
@@ -130,7 +130,7 @@ impl Kernels {
         scratch: CUdeviceptr,
         fault: Fault,
     ) -> Result<()> {
-        check_width(entry, width)?;
+        check_width(entry, "width", width)?;
         if width == 0 {
             return Ok(());
         }
@@ -166,11 +166,14 @@ impl Cuda {
     ) -> Result<()> {
         let dense = ("out", out.len());
         let limit = check(op, name, rows, width, index.len(), table.len(), dense)?;
-        let (kernels, stream) = self.launcher(op)?;
-        let fault = self.fault(op, name);
+        let mut turn = self.turn(op, &[index, table, out])?;
+        let fault = turn.fault(name);
         let (index, table, out) = (index.address(), table.address(), out.address());
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.gather_rows(stream, rows, width, limit, index, table, out, fault) }
+        unsafe {
+            turn.kernels
+                .gather_rows(turn.stream, rows, width, limit, index, table, out, fault)
+        }
     }
 
     fn scatter<T: Element>(
@@ -185,22 +188,22 @@ impl Cuda {
     ) -> Result<()> {
         let named = ("dout", dense.len());
         let limit = check(op, name, rows, width, index.len(), out.len(), named)?;
-        let (kernels, stream) = self.launcher(op)?;
-        let scratch = self.scratch(Kernels::scatter_scratch(rows))?;
+        let mut turn = self.turn(op, &[index, dense, out])?;
+        let scratch = turn.scratch(Kernels::scatter_scratch(rows))?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream, and
         // the callers below pass the entry for `T`.
         unsafe {
-            kernels.scatter(
+            turn.kernels.scatter(
                 entry,
-                stream,
+                turn.stream,
                 rows,
                 width,
                 limit,
                 index.address(),
                 dense.address(),
                 out.address(),
-                scratch.address(),
-                self.fault(op, name),
+                scratch,
+                turn.fault(name),
             )
         }
     }

@@ -1,11 +1,11 @@
 //! Launches of `kernels/gemm.cu`.
 
-use super::launch::{Arg, Grid, Kernels, dim};
+use super::launch::{Arg, Grid, Kernels, check_width, dim};
 use super::{Cuda, CudaBuffer, bf16_weight};
 use crate::gemm::{
     Gemm, LinearShape, check_linear, check_linear_dbias, check_linear_dw, check_linear_dx,
 };
-use crate::{Buffer, Error, Result, Weight};
+use crate::{Buffer, Result, Weight};
 use cudarc::driver::sys::{CUdeviceptr, CUstream};
 use half::bf16;
 
@@ -69,21 +69,10 @@ impl Tile {
     }
 }
 
-/// Refuses a width whose rows would not be aligned to 16 bytes.
-pub(super) fn check_aligned(op: &'static str, name: &'static str, width: usize) -> Result<()> {
-    match width.is_multiple_of(8) {
-        true => Ok(()),
-        false => Err(Error::invalid(
-            op,
-            format!("`{name}` must be a multiple of 8, it is {width}"),
-        )),
-    }
-}
-
 /// Rows, inputs and outputs as the kernels take them.
 fn dims(op: &'static str, shape: LinearShape) -> Result<[i32; 3]> {
-    check_aligned(op, "inputs", shape.inputs)?;
-    check_aligned(op, "outputs", shape.outputs)?;
+    check_width(op, "inputs", shape.inputs)?;
+    check_width(op, "outputs", shape.outputs)?;
     Ok([
         dim(op, "rows", shape.rows)?,
         dim(op, "inputs", shape.inputs)?,
@@ -194,7 +183,7 @@ impl Kernels {
         /// Threads of a block, and columns of a thread.
         const THREADS: usize = 32;
         const COLUMNS: usize = 8;
-        check_aligned(OP, "outputs", shape.outputs)?;
+        check_width(OP, "outputs", shape.outputs)?;
         let (rows, outputs) = (
             dim(OP, "rows", shape.rows)?,
             dim(OP, "outputs", shape.outputs)?,
@@ -216,11 +205,20 @@ impl Gemm for Cuda {
     ) -> Result<()> {
         const OP: &str = "linear";
         check_linear(shape, x.len(), w.len(), bias.map(|b| b.len()), y.len())?;
-        let w = bf16_weight(OP, w)?.address();
+        let w = bf16_weight(OP, w)?;
+        let turn = self.turn(OP, &[x, w, &bias, y])?;
         let bias = bias.map_or(0, |bias| bias.address());
-        let (kernels, stream) = self.launcher(OP)?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.linear(stream, shape, x.address(), w, bias, y.address()) }
+        unsafe {
+            turn.kernels.linear(
+                turn.stream,
+                shape,
+                x.address(),
+                w.address(),
+                bias,
+                y.address(),
+            )
+        }
     }
 
     fn linear_dx(
@@ -232,10 +230,13 @@ impl Gemm for Cuda {
     ) -> Result<()> {
         const OP: &str = "linear_dx";
         check_linear_dx(shape, dy.len(), w.len(), dx.len())?;
-        let w = bf16_weight(OP, w)?.address();
-        let (kernels, stream) = self.launcher(OP)?;
+        let w = bf16_weight(OP, w)?;
+        let turn = self.turn(OP, &[dy, w, dx])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.linear_dx(stream, shape, dy.address(), w, dx.address()) }
+        unsafe {
+            turn.kernels
+                .linear_dx(turn.stream, shape, dy.address(), w.address(), dx.address())
+        }
     }
 
     fn linear_dw(
@@ -246,9 +247,12 @@ impl Gemm for Cuda {
         dw: &mut CudaBuffer<f32>,
     ) -> Result<()> {
         check_linear_dw(shape, x.len(), dy.len(), dw.len())?;
-        let (kernels, stream) = self.launcher("linear_dw")?;
+        let turn = self.turn("linear_dw", &[x, dy, dw])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.linear_dw(stream, shape, x.address(), dy.address(), dw.address()) }
+        unsafe {
+            turn.kernels
+                .linear_dw(turn.stream, shape, x.address(), dy.address(), dw.address())
+        }
     }
 
     fn linear_dbias(
@@ -258,8 +262,11 @@ impl Gemm for Cuda {
         dbias: &mut CudaBuffer<f32>,
     ) -> Result<()> {
         check_linear_dbias(shape, dy.len(), dbias.len())?;
-        let (kernels, stream) = self.launcher("linear_dbias")?;
+        let turn = self.turn("linear_dbias", &[dy, dbias])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.linear_dbias(stream, shape, dy.address(), dbias.address()) }
+        unsafe {
+            turn.kernels
+                .linear_dbias(turn.stream, shape, dy.address(), dbias.address())
+        }
     }
 }

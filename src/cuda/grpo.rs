@@ -145,10 +145,13 @@ impl Grpo for Cuda {
         advantages: &mut CudaBuffer<f32>,
     ) -> Result<()> {
         check_advantages(groups, group_size, rewards.len(), advantages.len())?;
-        let (kernels, stream) = self.launcher("advantages")?;
+        let turn = self.turn("advantages", &[rewards, advantages])?;
         let (rewards, advantages) = (rewards.address(), advantages.address());
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.advantages(stream, groups, group_size, config, rewards, advantages) }
+        unsafe {
+            turn.kernels
+                .advantages(turn.stream, groups, group_size, config, rewards, advantages)
+        }
     }
 
     fn grpo_loss(
@@ -175,12 +178,17 @@ impl Grpo for Cuda {
         let outputs = [dlogprob.len(), stats.len()];
         let with = reference.map(|r| r.len());
         check_grpo_loss(config, sequences, tokens, inputs, with, outputs)?;
-        let (kernels, stream) = self.launcher("grpo_loss")?;
-        let scratch = self.scratch(Kernels::GRPO_LOSS_SCRATCH)?;
+        let mut turn = self.turn(
+            "grpo_loss",
+            &[
+                offsets, weights, advantages, new, old, &reference, dlogprob, stats,
+            ],
+        )?;
+        let scratch = turn.scratch(Kernels::GRPO_LOSS_SCRATCH)?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.grpo_loss(
-                stream,
+            turn.kernels.grpo_loss(
+                turn.stream,
                 config,
                 sequences,
                 tokens,
@@ -192,8 +200,8 @@ impl Grpo for Cuda {
                 reference.map_or(0, |r| r.address()),
                 dlogprob.address(),
                 stats.address(),
-                scratch.address(),
-                self.fault("grpo_loss", "offsets"),
+                scratch,
+                turn.fault("offsets"),
             )
         }
     }

@@ -62,7 +62,11 @@ pub(super) fn device_error(op: &'static str, error: DriverError) -> Error {
         words(error.error_string()),
         words(error.error_name())
     );
-    Error::Device { op, message }
+    Error::Device {
+        op,
+        message,
+        code: Some(error.0 as u32),
+    }
 }
 
 /// A value that a kernel takes: plain bytes without padding.
@@ -146,12 +150,71 @@ struct Loaded {
 // SAFETY: the handles are the driver's; it lets every thread use them.
 unsafe impl Send for Loaded {}
 
+impl Loaded {
+    /// Loads a module into the current context.
+    fn load(&mut self, module: &'static Module) -> Result<()> {
+        let handle = load_text(module.op, module.text)?;
+        self.modules.push(handle);
+        for entry in module.entries {
+            let name = CString::new(entry.name)
+                .map_err(|_| Error::invalid(entry.name, "a name may hold no NUL"))?;
+            // SAFETY: the module has just been loaded.
+            let function = unsafe { result::module::get_function(handle, name) };
+            let function = Function {
+                handle: function.map_err(|e| device_error(entry.name, e))?,
+                entry,
+                shared: SHARED_DEFAULT.saturating_sub(entry.shared),
+            };
+            self.functions.insert(entry.name, function);
+        }
+        Ok(())
+    }
+}
+
+/// Loads PTX that ends in NUL. An error holds what the driver's compiler says.
+fn load_text(op: &'static str, text: &'static str) -> Result<CUmodule> {
+    let mut log = [0u8; 4096];
+    let mut options = [
+        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER,
+        sys::CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES,
+    ];
+    let mut values: [*mut c_void; 2] = [
+        log.as_mut_ptr().cast(),
+        std::ptr::without_provenance_mut(log.len()),
+    ];
+    let mut module = std::ptr::null_mut();
+    // SAFETY: the text ends in NUL; two options with their values, which are a buffer and its size.
+    let loaded = unsafe {
+        sys::cuModuleLoadDataEx(
+            &mut module,
+            text.as_ptr().cast(),
+            options.len() as u32,
+            options.as_mut_ptr(),
+            values.as_mut_ptr(),
+        )
+    };
+    loaded.result().map_err(|e| {
+        let said = log.split(|&byte| byte == 0).next().unwrap_or_default();
+        let said = String::from_utf8_lossy(said);
+        match (device_error(op, e), said.trim()) {
+            (error, "") => error,
+            (Error::Device { op, message, code }, said) => Error::Device {
+                op,
+                message: format!("{message}: {said}"),
+                code,
+            },
+            (error, _) => error,
+        }
+    })?;
+    Ok(module)
+}
+
 /// The kernels, in one CUDA context. Each method launches one operation on plain device pointers;
 /// the safe way is [`super::Cuda`].
 ///
-/// Launches go to the stream that is passed and return at once. An operation's module is loaded at
-/// its first launch, which must not happen while the stream is being captured: run everything once
-/// before.
+/// Launches go to the stream that is passed and return at once. The driver compiles an operation's
+/// kernels at its first launch, which is refused while the stream is captured, or all of them in
+/// [`Kernels::load_all`].
 pub struct Kernels {
     context: CUcontext,
     capability: u32,
@@ -225,35 +288,42 @@ impl Kernels {
                 Error::invalid(
                     entry,
                     format!(
-                        "this build has no kernel for compute capability {major}.{minor}; \
-                         build with DUST_CUDA_ARCHS={}",
-                        self.capability
+                        "this build has no kernel for compute capability {major}.{minor}; build \
+                         with 80 in DUST_CUDA_ARCHS, which suits all from 8.0 on"
                     ),
                 )
             })
     }
 
-    fn function(&self, entry: &'static str, shared: usize) -> Result<Function> {
+    /// Has the driver compile every kernel now rather than at first use, which can take it seconds.
+    ///
+    /// # Errors
+    /// A build without kernels for this device; what the driver's compiler says.
+    pub fn load_all(&self) -> Result<()> {
+        let _current = Current::set(self.context)?;
+        let mut loaded = self.lock();
+        for entry in MODULES.iter().flat_map(|module| module.entries) {
+            if !loaded.functions.contains_key(entry.name) {
+                loaded.load(self.module_of(entry.name)?)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn function(&self, stream: CUstream, entry: &'static str, shared: usize) -> Result<Function> {
         let error = |e| device_error(entry, e);
         let mut loaded = self.lock();
         if !loaded.functions.contains_key(entry) {
-            let module = self.module_of(entry)?;
-            // SAFETY: the text ends in NUL.
-            let handle = unsafe { result::module::load_data(module.text.as_ptr().cast()) };
-            let handle = handle.map_err(error)?;
-            loaded.modules.push(handle);
-            for entry in module.entries {
-                let name = CString::new(entry.name)
-                    .map_err(|_| Error::invalid(entry.name, "a name may hold no NUL"))?;
-                // SAFETY: the module has just been loaded.
-                let function = unsafe { result::module::get_function(handle, name) };
-                let function = Function {
-                    handle: function.map_err(error)?,
+            // SAFETY: by `launch` the stream is alive.
+            let status = unsafe { result::stream::is_capturing(stream) }.map_err(error)?;
+            if status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE {
+                return Err(Error::invalid(
                     entry,
-                    shared: SHARED_DEFAULT.saturating_sub(entry.shared),
-                };
-                loaded.functions.insert(entry.name, function);
+                    "the kernel has not been loaded, which a captured stream does not allow; run \
+                     the operation once before, or `load_all`",
+                ));
             }
+            loaded.load(self.module_of(entry)?)?;
         }
         let function = loaded
             .functions
@@ -270,13 +340,14 @@ impl Kernels {
                     bytes,
                 )
             }
-            .map_err(|_| {
-                Error::invalid(
+            .map_err(|e| match e.0 {
+                CUresult::CUDA_ERROR_INVALID_VALUE => Error::invalid(
                     entry,
                     format!(
                         "the shape needs {shared} bytes of shared memory, more than the device has"
                     ),
-                )
+                ),
+                _ => error(e),
             })?;
             function.shared = shared;
         }
@@ -301,7 +372,7 @@ impl Kernels {
         if grid.blocks.contains(&0) {
             return Ok(());
         }
-        let function = self.function(entry, grid.shared)?;
+        let function = self.function(stream, entry, grid.shared)?;
         let sizes = args.iter().map(|arg| arg.bytes().len());
         if !sizes.eq(function.entry.params.iter().copied()) {
             let given: Vec<usize> = args.iter().map(|arg| arg.bytes().len()).collect();
@@ -339,18 +410,38 @@ impl Kernels {
 
 impl Drop for Kernels {
     fn drop(&mut self) {
-        let previous = result::ctx::get_current().ok().flatten();
-        // SAFETY: by `in_current_context` the context is alive.
-        if unsafe { result::ctx::set_current(self.context) }.is_err() {
+        let Ok(_current) = Current::set(self.context) else {
             return;
-        }
+        };
         for module in self.lock().modules.drain(..) {
-            // SAFETY: loaded by `function`, unloaded only here. An error has nobody to go to.
+            // SAFETY: loaded by `load`, unloaded only here. An error has nobody to go to.
             let _: std::result::Result<(), DriverError> = unsafe { result::module::unload(module) };
         }
-        let previous = previous.unwrap_or(std::ptr::null_mut());
+    }
+}
+
+/// A context that is current on this thread until the value is dropped.
+struct Current {
+    before: CUcontext,
+}
+
+impl Current {
+    /// `context` is that of a [`Kernels`], which it outlives.
+    fn set(context: CUcontext) -> Result<Self> {
+        let error = |e| device_error("cuCtxSetCurrent", e);
+        let before = result::ctx::get_current().map_err(error)?;
+        // SAFETY: by `in_current_context` the context is alive.
+        unsafe { result::ctx::set_current(context) }.map_err(error)?;
+        Ok(Self {
+            before: before.unwrap_or(std::ptr::null_mut()),
+        })
+    }
+}
+
+impl Drop for Current {
+    fn drop(&mut self) {
         // SAFETY: what was current before, or none.
-        let _: CUresult = unsafe { sys::cuCtxSetCurrent(previous) };
+        let _: CUresult = unsafe { sys::cuCtxSetCurrent(self.before) };
     }
 }
 
@@ -364,13 +455,13 @@ pub(super) fn dim(op: &'static str, name: &'static str, n: usize) -> Result<i32>
     })
 }
 
-/// Kernels access 8 elements of a row at a time.
-pub(super) fn check_width(op: &'static str, width: usize) -> Result<()> {
+/// Refuses a width whose rows are not aligned to 16 bytes: kernels access 8 elements at a time.
+pub(super) fn check_width(op: &'static str, name: &'static str, width: usize) -> Result<()> {
     match width.is_multiple_of(8) {
         true => Ok(()),
         false => Err(Error::invalid(
             op,
-            format!("the width must be a multiple of 8, it is {width}"),
+            format!("`{name}` must be a multiple of 8, it is {width}"),
         )),
     }
 }

@@ -1,7 +1,7 @@
 //! Launches of `kernels/logprob.cu`.
 
-use super::gemm::{LARGE, Tile, by_rows, check_aligned};
-use super::launch::{Fault, Grid, Kernels, device_error, dim};
+use super::gemm::{LARGE, Tile, by_rows};
+use super::launch::{Fault, Grid, Kernels, check_width, device_error, dim};
 use super::{Cuda, CudaBuffer, bf16_weight};
 use crate::logprob::{
     HeadShape, Logprob, check_logits, check_logprob, check_logprob_backward, inverse_temperature,
@@ -79,7 +79,7 @@ fn chunk(shape: HeadShape) -> (usize, usize) {
 }
 
 fn check_hidden(op: &'static str, shape: HeadShape) -> Result<i32> {
-    check_aligned(op, "hidden", shape.hidden)?;
+    check_width(op, "hidden", shape.hidden)?;
     // The kernels add a tile's width to them.
     dim(op, "rows", shape.rows.saturating_add(UNIT))?;
     dim(op, "vocab", shape.vocab.saturating_add(UNIT))?;
@@ -341,23 +341,23 @@ impl Logprob for Cuda {
         let inverse = inverse_temperature(OP, temperature)?;
         let inputs = [x.len(), head.len(), targets.len()];
         check_logprob(shape, inputs, [logprob.len(), lse.len(), entropy.len()])?;
-        let head = bf16_weight(OP, head)?.address();
-        let (kernels, stream) = self.launcher(OP)?;
-        let scratch = self.scratch(Kernels::logprob_scratch(shape))?;
+        let head = bf16_weight(OP, head)?;
+        let mut turn = self.turn(OP, &[x, head, targets, logprob, lse, entropy])?;
+        let scratch = turn.scratch(Kernels::logprob_scratch(shape))?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.logprob(
-                stream,
+            turn.kernels.logprob(
+                turn.stream,
                 shape,
                 inverse,
                 x.address(),
-                head,
+                head.address(),
                 targets.address(),
                 logprob.address(),
                 lse.address(),
                 entropy.address(),
-                self.fault(OP, "targets"),
-                scratch.address(),
+                turn.fault("targets"),
+                scratch,
             )
         }
     }
@@ -380,24 +380,24 @@ impl Logprob for Cuda {
         let gradients = [lse.len(), dlogprob.len(), dx.len()];
         let dhead_len = dhead.as_ref().map(|d| d.len());
         check_logprob_backward(shape, inputs, gradients, dhead_len)?;
-        let head = bf16_weight(OP, head)?.address();
-        let (kernels, stream) = self.launcher(OP)?;
-        let scratch = self.scratch(Kernels::logprob_backward_scratch(shape))?;
+        let head = bf16_weight(OP, head)?;
+        let mut turn = self.turn(OP, &[x, head, targets, lse, dlogprob, dx, &dhead])?;
+        let scratch = turn.scratch(Kernels::logprob_backward_scratch(shape))?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.logprob_backward(
-                stream,
+            turn.kernels.logprob_backward(
+                turn.stream,
                 shape,
                 inverse,
                 x.address(),
-                head,
+                head.address(),
                 targets.address(),
                 lse.address(),
                 dlogprob.address(),
                 dx.address(),
                 dhead.map_or(0, |d| d.address()),
-                self.fault(OP, "targets"),
-                scratch.address(),
+                turn.fault("targets"),
+                scratch,
             )
         }
     }
@@ -411,9 +411,17 @@ impl Logprob for Cuda {
     ) -> Result<()> {
         const OP: &str = "logits";
         check_logits(shape, x.len(), head.len(), logits.len())?;
-        let head = bf16_weight(OP, head)?.address();
-        let (kernels, stream) = self.launcher(OP)?;
+        let head = bf16_weight(OP, head)?;
+        let turn = self.turn(OP, &[x, head, logits])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
-        unsafe { kernels.logits(stream, shape, x.address(), head, logits.address()) }
+        unsafe {
+            turn.kernels.logits(
+                turn.stream,
+                shape,
+                x.address(),
+                head.address(),
+                logits.address(),
+            )
+        }
     }
 }

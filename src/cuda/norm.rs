@@ -22,7 +22,7 @@ const MANY_BLOCKS: usize = 216;
 
 /// Lanes that hold a head, 8 elements each.
 fn head_lanes(op: &'static str, head_dim: usize) -> Result<usize> {
-    check_width(op, head_dim)?;
+    check_width(op, "head_dim", head_dim)?;
     match (head_dim / 8).next_power_of_two() {
         lanes if lanes <= WARP => Ok(lanes),
         _ => Err(Error::invalid(
@@ -64,7 +64,7 @@ impl Kernels {
         rstd: CUdeviceptr,
     ) -> Result<()> {
         const OP: &str = "rms_norm";
-        check_width(OP, shape.width)?;
+        check_width(OP, "width", shape.width)?;
         let (rows, width) = (dim(OP, "rows", shape.rows)?, dim(OP, "width", shape.width)?);
         let entry = if shape.width <= 1024 {
             "rms_norm_4"
@@ -103,7 +103,7 @@ impl Kernels {
         rstd: CUdeviceptr,
     ) -> Result<()> {
         const OP: &str = "add_rms_norm";
-        check_width(OP, shape.width)?;
+        check_width(OP, "width", shape.width)?;
         let (rows, width) = (dim(OP, "rows", shape.rows)?, dim(OP, "width", shape.width)?);
         let entry = if shape.width <= 1024 {
             "add_rms_norm_4"
@@ -154,7 +154,7 @@ impl Kernels {
         scratch: CUdeviceptr,
     ) -> Result<()> {
         const OP: &str = "rms_norm_backward";
-        check_width(OP, shape.width)?;
+        check_width(OP, "width", shape.width)?;
         let (rows, width) = (dim(OP, "rows", shape.rows)?, dim(OP, "width", shape.width)?);
         let blocks = shape.rows.div_ceil(BACKWARD_ROWS);
         // SAFETY: by the caller; the first kernel writes one row of `scratch` a block, the second
@@ -314,11 +314,11 @@ impl Norm for Cuda {
         rstd: &mut CudaBuffer<f32>,
     ) -> Result<()> {
         check_rms_norm(shape, x.len(), weight.len(), y.len(), rstd.len())?;
-        let (kernels, stream) = self.launcher("rms_norm")?;
+        let turn = self.turn("rms_norm", &[x, weight, y, rstd])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.rms_norm(
-                stream,
+            turn.kernels.rms_norm(
+                turn.stream,
                 shape,
                 eps,
                 x.address(),
@@ -342,11 +342,11 @@ impl Norm for Cuda {
     ) -> Result<()> {
         let inputs = [residual.len(), delta.len(), weight.len()];
         check_add_rms_norm(shape, inputs, [sum.len(), y.len(), rstd.len()])?;
-        let (kernels, stream) = self.launcher("add_rms_norm")?;
+        let turn = self.turn("add_rms_norm", &[residual, delta, weight, sum, y, rstd])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.add_rms_norm(
-                stream,
+            turn.kernels.add_rms_norm(
+                turn.stream,
                 shape,
                 eps,
                 residual.address(),
@@ -371,12 +371,12 @@ impl Norm for Cuda {
     ) -> Result<()> {
         let inputs = [dy.len(), x.len(), weight.len(), rstd.len()];
         check_rms_norm_backward(shape, inputs, [dx.len(), dweight.len()])?;
-        let (kernels, stream) = self.launcher("rms_norm_backward")?;
-        let scratch = self.scratch(Kernels::rms_norm_backward_scratch(shape))?;
+        let mut turn = self.turn("rms_norm_backward", &[dy, x, weight, rstd, dx, dweight])?;
+        let scratch = turn.scratch(Kernels::rms_norm_backward_scratch(shape))?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.rms_norm_backward(
-                stream,
+            turn.kernels.rms_norm_backward(
+                turn.stream,
                 shape,
                 dy.address(),
                 x.address(),
@@ -384,7 +384,7 @@ impl Norm for Cuda {
                 rstd.address(),
                 dx.address(),
                 dweight.address(),
-                scratch.address(),
+                scratch,
             )
         }
     }
@@ -402,11 +402,11 @@ impl Norm for Cuda {
     ) -> Result<()> {
         let weights = [q_weight.len(), k_weight.len()];
         check_qk_norm(rows, heads, qkv.len(), weights, out.len(), rstd.len())?;
-        let (kernels, stream) = self.launcher("qk_norm")?;
+        let turn = self.turn("qk_norm", &[qkv, q_weight, k_weight, out, rstd])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.qk_norm(
-                stream,
+            turn.kernels.qk_norm(
+                turn.stream,
                 rows,
                 heads,
                 eps,
@@ -434,12 +434,15 @@ impl Norm for Cuda {
         let weights = [q_weight.len(), k_weight.len()];
         let outputs = [dqkv.len(), dq_weight.len(), dk_weight.len()];
         check_qk_norm_backward(rows, heads, qkv.len(), weights, rstd.len(), outputs)?;
-        let (kernels, stream) = self.launcher("qk_norm_backward")?;
-        let scratch = self.scratch(Kernels::qk_norm_backward_scratch(rows, heads))?;
+        let mut turn = self.turn(
+            "qk_norm_backward",
+            &[qkv, q_weight, k_weight, rstd, dqkv, dq_weight, dk_weight],
+        )?;
+        let scratch = turn.scratch(Kernels::qk_norm_backward_scratch(rows, heads))?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.qk_norm_backward(
-                stream,
+            turn.kernels.qk_norm_backward(
+                turn.stream,
                 rows,
                 heads,
                 qkv.address(),
@@ -449,7 +452,7 @@ impl Norm for Cuda {
                 dqkv.address(),
                 dq_weight.address(),
                 dk_weight.address(),
-                scratch.address(),
+                scratch,
             )
         }
     }

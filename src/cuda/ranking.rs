@@ -136,12 +136,19 @@ impl Ranking for Cuda {
         rewards: &mut CudaBuffer<f32>,
     ) -> Result<()> {
         check_ranking_reward(rankings, items, [order.len(), labels.len(), rewards.len()])?;
-        let (kernels, stream) = self.launcher("ranking_reward")?;
+        let turn = self.turn("ranking_reward", &[order, labels, rewards])?;
         let (order, labels, rewards) = (order.address(), labels.address(), rewards.address());
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.ranking_reward(
-                stream, rankings, items, reward, invalid, order, labels, rewards,
+            turn.kernels.ranking_reward(
+                turn.stream,
+                rankings,
+                items,
+                reward,
+                invalid,
+                order,
+                labels,
+                rewards,
             )
         }
     }
@@ -160,11 +167,11 @@ impl Ranking for Cuda {
         let target = ("order", order.len());
         let outputs = [loss.len(), dscores.len()];
         check_list_loss(OP, lists, items, scores.len(), target, outputs)?;
-        let (kernels, stream) = self.launcher(OP)?;
+        let mut turn = self.turn(OP, &[scores, order, loss, dscores])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.plackett_luce_loss(
-                stream,
+            turn.kernels.plackett_luce_loss(
+                turn.stream,
                 lists,
                 items,
                 weight,
@@ -172,8 +179,8 @@ impl Ranking for Cuda {
                 order.address(),
                 loss.address(),
                 dscores.address(),
-                self.fault(OP, "order"),
-                self.fault(OP, "occurrences in order"),
+                turn.fault("order"),
+                turn.fault("occurrences in order"),
             )
         }
     }
@@ -192,13 +199,21 @@ impl Ranking for Cuda {
         let target = ("labels", labels.len());
         let outputs = [loss.len(), dscores.len()];
         check_list_loss(OP, lists, items, scores.len(), target, outputs)?;
-        let (kernels, stream) = self.launcher(OP)?;
+        let turn = self.turn(OP, &[scores, labels, loss, dscores])?;
         let (scores, labels) = (scores.address(), labels.address());
         let (loss, dscores) = (loss.address(), dscores.address());
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels
-                .pairwise_logistic_loss(stream, lists, items, weight, scores, labels, loss, dscores)
+            turn.kernels.pairwise_logistic_loss(
+                turn.stream,
+                lists,
+                items,
+                weight,
+                scores,
+                labels,
+                loss,
+                dscores,
+            )
         }
     }
 }

@@ -85,11 +85,11 @@ impl Rope for Cuda {
             [cos.len(), sin.len()],
             qkv.len(),
         )?;
-        let (kernels, stream) = self.launcher(OP)?;
+        let mut turn = self.turn(OP, &[positions, cos, sin, qkv])?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.rope(
-                stream,
+            turn.kernels.rope(
+                turn.stream,
                 rows,
                 heads,
                 limit,
@@ -98,7 +98,7 @@ impl Rope for Cuda {
                 sin.address(),
                 inverse,
                 qkv.address(),
-                self.fault(OP, "positions"),
+                turn.fault("positions"),
             )
         }
     }

@@ -90,12 +90,12 @@ impl Sampling for Cuda {
     ) -> Result<()> {
         let outputs = [tokens.len(), logprob.len(), kept.len()];
         check_sample(rows, vocab, [logits.len(), params.len()], outputs)?;
-        let (kernels, stream) = self.launcher("sample")?;
-        let scratch = self.scratch(Kernels::sample_scratch(rows, vocab))?;
+        let mut turn = self.turn("sample", &[logits, params, tokens, logprob, kept])?;
+        let scratch = turn.scratch(Kernels::sample_scratch(rows, vocab))?;
         // SAFETY: the lengths are checked, the buffers are distinct and live on this stream.
         unsafe {
-            kernels.sample(
-                stream,
+            turn.kernels.sample(
+                turn.stream,
                 rows,
                 vocab,
                 logits.address(),
@@ -103,7 +103,7 @@ impl Sampling for Cuda {
                 tokens.address(),
                 logprob.address(),
                 kept.address(),
-                scratch.address(),
+                scratch,
             )
         }
     }

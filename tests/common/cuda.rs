@@ -1,4 +1,4 @@
-//! Tests of the CUDA back end, on the emulator. Included by `tests/cuda_*.rs` with `mod`.
+//! Tests of the CUDA back end, on the emulator or a GPU. Included by `tests/cuda_*.rs` with `mod`.
 #![allow(dead_code)] // each test file uses a part
 
 use cuda_emulator::{BlockOrder, Config, CopyAsync, Emulator, LaunchReport, MmaRounding, Schedule};
@@ -8,23 +8,42 @@ use rand::{RngExt, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use std::sync::{Mutex, PoisonError};
 
-/// Runs `test` on a fresh device of the emulator, all checks on.
+/// Whether the tests run on a GPU rather than on the emulator: `DUST_TEST_DEVICE=cuda`.
+pub fn on_gpu() -> bool {
+    match std::env::var("DUST_TEST_DEVICE").as_deref() {
+        Err(_) | Ok("emulator") => false,
+        Ok("cuda") => true,
+        Ok(other) => panic!("DUST_TEST_DEVICE: `{other}` is neither `emulator` nor `cuda`"),
+    }
+}
+
+/// Runs `test` on a fresh device: of the emulator, all checks on, or a GPU, see [`on_gpu`].
 ///
 /// One test runs at a time, because the driver is the process's. What a test broke is mended.
-pub fn with_cuda<R>(test: impl FnOnce(&Cuda, &Emulator) -> R) -> R {
+pub fn with_cuda<R>(test: impl FnOnce(&Cuda, Option<&Emulator>) -> R) -> R {
     with_config(&Config::default(), test)
 }
 
-/// As [`with_cuda`], under a configuration.
-pub fn with_config<R>(config: &Config, test: impl FnOnce(&Cuda, &Emulator) -> R) -> R {
+/// As [`with_cuda`], under a configuration of the emulator.
+pub fn with_config<R>(config: &Config, test: impl FnOnce(&Cuda, Option<&Emulator>) -> R) -> R {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
-    let emulator = cuda_emulator::install().unwrap();
-    emulator.recover().unwrap();
-    emulator.configure(config).unwrap();
-    emulator.reports().unwrap();
-    let cuda = Cuda::new(0).unwrap();
-    test(&cuda, &emulator)
+    let emulator = (!on_gpu()).then(|| cuda_emulator::install().unwrap());
+    if let Some(emulator) = &emulator {
+        emulator.recover().unwrap();
+        emulator.configure(config).unwrap();
+        emulator.reports().unwrap();
+    }
+    test(&Cuda::new(0).unwrap(), emulator.as_ref())
+}
+
+/// As [`with_cuda`], for tests of what only the emulator tells; on a GPU they do nothing.
+pub fn with_emulator(test: impl FnOnce(&Cuda, &Emulator)) {
+    if on_gpu() {
+        eprintln!("left out on a GPU: the test asks the emulator");
+        return;
+    }
+    with_cuda(|cuda, emulator| test(cuda, emulator.unwrap()));
 }
 
 /// Orders of warps, blocks and asynchronous copies, and roundings, that a correct kernel cannot
@@ -89,8 +108,11 @@ pub fn schedules() -> Vec<(&'static str, Config)> {
     schedules
 }
 
-/// Runs `test` once for each of [`schedules`], on a fresh device.
+/// Runs `test` once for each of [`schedules`], on a fresh device. A GPU has one of its own.
 pub fn for_each_schedule(mut test: impl FnMut(&str, &Cuda)) {
+    if on_gpu() {
+        return with_cuda(|cuda, _| test("a GPU", cuda));
+    }
     for (name, config) in schedules() {
         with_config(&config, |cuda, _| test(name, cuda));
     }
