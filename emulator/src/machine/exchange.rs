@@ -1,5 +1,6 @@
 //! Exchanges between the lanes of a warp: shuffles, votes, matches, matrix loads, `mma`.
 
+use super::access::Places;
 use super::block::Context;
 use super::code::*;
 use super::execute::{lanes, space_of};
@@ -369,9 +370,7 @@ impl Warp {
             }
             out[lane] = self.shared_range(ctx, instr, lane, at[lane], 16)?;
         }
-        if ctx.launch.config.counters {
-            ctx.count_shared(&at, used, 16);
-        }
+        ctx.count_shared(&Places::new(&at, used, 16));
         Ok(out)
     }
 }

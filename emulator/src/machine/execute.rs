@@ -24,6 +24,16 @@ pub(super) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
     })
 }
 
+/// Does something for the lanes of a mask, lowest first: with all 32 on, without looking for them.
+#[inline(always)]
+pub(super) fn each(mask: u32, mut f: impl FnMut(usize)) {
+    if mask == !0 {
+        (0..WARP).for_each(f);
+    } else {
+        lanes(mask).for_each(&mut f);
+    }
+}
+
 impl Warp {
     /// Executes an instruction that does not branch. Gives the lanes that have completed it; the
     /// others of `active` wait for lanes that have not arrived.

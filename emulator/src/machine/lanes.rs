@@ -37,6 +37,14 @@ pub fn get_lane(regs: &[Lanes], at: usize, lane: usize, wide: bool) -> u64 {
     }
 }
 
+/// The lanes of 64-bit register `at`.
+#[inline(always)]
+pub fn wide_lanes(regs: &[Lanes], at: usize) -> &[u64; WARP] {
+    let pair = &regs[at..at + 2];
+    // SAFETY: as in `set_lane`.
+    unsafe { &*pair.as_ptr().cast() }
+}
+
 /// Computes a register from up to three others, for the lanes in the mask.
 ///
 /// # Safety

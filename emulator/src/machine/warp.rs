@@ -4,6 +4,7 @@ use super::block::Context;
 use super::calls::Frame;
 use super::code::*;
 use super::lanes::{Lanes, WARP, get_lane, set_lane};
+use super::local::Local;
 use crate::config::Schedule;
 use crate::report::{Finding, Kind};
 
@@ -90,9 +91,7 @@ pub struct Warp {
     pub(super) poison: Vec<u32>,
     pub(super) preds: Vec<u32>,
     pub(super) pred_poison: Vec<u32>,
-    /// Local memory of each lane, and a bit a byte for what was written.
-    pub(super) local: Vec<Vec<u8>>,
-    pub(super) local_valid: Vec<Vec<u8>>,
+    pub(super) local: Local,
     pub(super) copies: Vec<Copy>,
     pub(super) commits: [u32; WARP],
     impatience: u32,
@@ -120,8 +119,7 @@ impl Warp {
             poison: Vec::new(),
             preds: Vec::new(),
             pred_poison: Vec::new(),
-            local: vec![Vec::new(); WARP],
-            local_valid: vec![Vec::new(); WARP],
+            local: Local::default(),
             copies: Vec::new(),
             commits: [0; WARP],
             impatience: 0,
@@ -148,8 +146,7 @@ impl Warp {
             self.preds.clear();
             self.pred_poison.clear();
         }
-        self.local.iter_mut().for_each(Vec::clear);
-        self.local_valid.iter_mut().for_each(Vec::clear);
+        self.local.clear();
         let frame = self.push_frame(ctx, 0, None, 0, keep);
         self.groups.push(Group {
             pc: ctx.launch.kernel.functions[0].entry,

@@ -3,16 +3,19 @@
 mod atomic;
 mod cell;
 mod copy;
+mod places;
 mod plain;
 
 use super::block::Context;
 use super::code::*;
-use super::execute::{lanes, space_of};
-use super::lanes::WARP;
+use super::execute::{each, lanes, space_of};
+use super::lanes::{Lanes, WARP, wide_lanes};
 use super::memory::{AccessError, Allocation};
 use super::warp::{Bases, Warp};
 use crate::ptx::ast::Space;
 use crate::report::{Finding, Kind};
+pub(super) use places::Places;
+use plain::Transfer;
 
 type Result<T, E = Box<Finding>> = std::result::Result<T, E>;
 
@@ -46,48 +49,50 @@ impl Warp {
                     let bits = cell::of_slice(ctx.launch.params, at, *size);
                     let bits = cell::extended(bits, *size, *extend);
                     let d = bases.regs + *slot as usize;
-                    lanes(active).for_each(|lane| self.set(d, lane, *wide, bits));
+                    if active == !0 && !*wide {
+                        self.regs[d] = Lanes([bits as u32; WARP]);
+                    } else {
+                        each(active, |lane| self.set(d, lane, *wide, bits));
+                    }
                     self.set_poison(d, active, 0);
                 }
                 Ok(())
             }
             Op::Load {
-                addr, size, count, ..
+                addr,
+                size,
+                count,
+                dst,
+                extend,
+                wide,
+                strong,
             } => {
-                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
-                let total = *size as u64 * *count as u64;
-                self.check_aligned(ctx, instr, &at, active, total)?;
-                for (space, mask) in split(addr.space, &mut at, active) {
-                    self.load(ctx, instr, op, space, &at, mask, bases, pc)?;
-                }
-                Ok(())
+                let transfer = Transfer {
+                    store: false,
+                    slots: &dst[..*count as usize],
+                    size: *size,
+                    extend: *extend,
+                    wide: *wide,
+                    strong: *strong,
+                };
+                self.transfer(ctx, instr, addr, &transfer, active, bases, pc)
             }
             Op::Store {
                 addr,
                 size,
                 count,
                 src,
-                ..
+                strong,
             } => {
-                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
-                let total = *size as u64 * *count as u64;
-                self.check_aligned(ctx, instr, &at, active, total)?;
-                for (space, mask) in split(addr.space, &mut at, active) {
-                    // Local memory may hold poison (spilled registers); device memory may not.
-                    if space == Space::Global {
-                        for s in &src[..*count as usize] {
-                            let poison = self.poison[bases.regs + *s as usize] & mask;
-                            ctx.check_poison(
-                                self,
-                                instr,
-                                poison,
-                                "a value stored to device memory",
-                            )?;
-                        }
-                    }
-                    self.store(ctx, instr, op, space, &at, mask, bases, pc)?;
-                }
-                Ok(())
+                let transfer = Transfer {
+                    store: true,
+                    slots: &src[..*count as usize],
+                    size: *size,
+                    extend: Extend::Zero,
+                    wide: *size == 8,
+                    strong: *strong,
+                };
+                self.transfer(ctx, instr, addr, &transfer, active, bases, pc)
             }
             Op::Atom { addr, ty, .. } => {
                 let mut at = self.addresses(ctx, instr, addr, active, bases)?;
@@ -132,17 +137,13 @@ impl Warp {
         if self.poison[slot] & active != 0 {
             ctx.check_poison(self, instr, self.poison[slot] & active, "an address")?;
         }
-        let mut out = [0u64; WARP];
-        if addr.wide {
-            for (lane, o) in out.iter_mut().enumerate() {
-                *o = self.get(slot, lane, true).wrapping_add(addr.offset as u64);
-            }
+        Ok(if addr.wide {
+            let base = wide_lanes(&self.regs, slot);
+            std::array::from_fn(|lane| base[lane].wrapping_add(addr.offset as u64))
         } else {
-            for (lane, o) in out.iter_mut().enumerate() {
-                *o = self.regs[slot].0[lane].wrapping_add(addr.offset as u32) as u64;
-            }
-        }
-        Ok(out)
+            let base = &self.regs[slot].0;
+            std::array::from_fn(|lane| base[lane].wrapping_add(addr.offset as u32) as u64)
+        })
     }
 
     fn check_aligned(
@@ -153,11 +154,8 @@ impl Warp {
         active: u32,
         size: u64,
     ) -> Result<()> {
-        let mut low = 0;
-        for (lane, a) in at.iter().enumerate() {
-            low |= a & (size - 1) & 0u64.wrapping_sub((active >> lane & 1) as u64);
-        }
-        if low == 0 {
+        // Lanes that are off may hold anything: then it is looked at more closely.
+        if at.iter().fold(0, |low, a| low | a) & (size - 1) == 0 {
             return Ok(());
         }
         match lanes(active).find(|&lane| at[lane] & (size - 1) != 0) {
@@ -281,7 +279,11 @@ fn split(
         (Space::Local, 0),
         (Space::Param, 0),
     ];
-    if space == Space::Generic {
+    // All windows lie below this, allocations never.
+    let end = PARAM_WINDOW + WINDOW;
+    if space == Space::Generic && active == !0 && at.iter().all(|a| *a >= end) {
+        out[0] = (Space::Global, active);
+    } else if space == Space::Generic {
         for lane in lanes(active) {
             let space = space_of(at[lane]);
             if space != Space::Global {
