@@ -3,7 +3,7 @@
 use super::block::Context;
 use super::calls::Frame;
 use super::code::*;
-use super::lanes::{Lanes, WARP, get_lane, set_lane};
+use super::lanes::{Lanes, WARP, get_lane, masked, set_lane};
 use super::local::Local;
 use crate::config::Schedule;
 use crate::report::{Finding, Kind};
@@ -312,7 +312,15 @@ impl Warp {
                         let regs = self.regs.as_mut_ptr();
                         // SAFETY: the decoder numbers registers within the frame, two for wide
                         // ones, and gives each function registers of the widths it works on.
-                        unsafe { f(regs.add(d), regs.add(a), regs.add(b), regs.add(c), active) };
+                        unsafe {
+                            let (d, a) = (regs.add(d), regs.add(a));
+                            let (b, c) = (regs.add(b), regs.add(c));
+                            if active == !0 {
+                                f(d, a, b, c);
+                            } else {
+                                masked(*f, d, a, b, c, active);
+                            }
+                        }
                         pc += 1;
                     }
                     Op::Cmp {
