@@ -32,6 +32,8 @@ pub struct Context<'l> {
     pub(super) shared: Shared,
     pub(super) races: Option<SharedRaces>,
     barriers: [Barrier; 16],
+    /// A bit a barrier: threads have arrived.
+    arrived: u16,
     /// What this block did.
     pub counters: Counters,
     /// Races found, which do not stop it.
@@ -56,6 +58,7 @@ impl<'l> Context<'l> {
             shared: Shared::default(),
             races: races.then(|| SharedRaces::new(warps, launch.shared as usize)),
             barriers: Default::default(),
+            arrived: 0,
             counters: Counters::default(),
             findings: Vec::new(),
             exited: false,
@@ -77,7 +80,9 @@ impl<'l> Context<'l> {
         if let Some(races) = &mut self.races {
             races.start_block();
         }
-        self.barriers = Default::default();
+        if std::mem::take(&mut self.arrived) != 0 {
+            self.barriers = Default::default();
+        }
         self.exited = false;
         self.known.clear();
         self.fenced = false;
@@ -309,6 +314,7 @@ impl<'l> Context<'l> {
                 say(expected)
             ));
         }
+        self.arrived |= 1 << id;
         barrier.expected = expected;
         barrier.threads += threads;
         barrier.units += units;
@@ -399,7 +405,7 @@ impl<'l> Block<'l> {
                 Stop::Blocked | Stop::Finished => self.blocked[w] = true,
                 Stop::Arrived(id) => self.complete(id),
             }
-            if std::mem::take(&mut self.ctx.exited) {
+            if std::mem::take(&mut self.ctx.exited) && self.ctx.arrived != 0 {
                 (0..16).for_each(|id| self.complete(id));
             }
             if *steps == 0 {
@@ -453,6 +459,7 @@ impl<'l> Block<'l> {
             return;
         }
         let barrier = std::mem::take(&mut self.ctx.barriers[id]);
+        self.ctx.arrived &= !(1 << id);
         let mut released = Vec::new();
         for (w, warp) in self.warps.iter_mut().enumerate() {
             if warp.release(id, barrier.popc, barrier.popc == barrier.votes) {

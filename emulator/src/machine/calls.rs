@@ -2,7 +2,7 @@
 
 use super::block::Context;
 use super::code::*;
-use super::execute::lanes;
+use super::execute::{each, lanes};
 use super::lanes::{Lanes, WARP};
 use super::warp::{Bases, Group, Wait, Warp};
 use crate::report::{Finding, Kind};
@@ -65,13 +65,13 @@ impl Warp {
             if keep && !changes {
                 continue;
             }
-            for lane in 0..WARP {
-                let bits = match start {
-                    Start::Bits(bits) => *bits,
-                    Start::Local(offset) => (local_base + offset) as u64,
-                    Start::Special(special) => ctx.special(*special, self.id, lane as u32),
-                };
-                self.set(at, lane, *wide, bits);
+            let id = self.id;
+            let special = |special, lane: usize| ctx.special(special, id, lane as u32);
+            match *start {
+                Start::Bits(bits) => self.fill(at, !0, *wide, bits),
+                Start::Local(offset) => self.fill(at, !0, *wide, (local_base + offset) as u64),
+                Start::Special(s) if s.same_in_warp() => self.fill(at, !0, *wide, special(s, 0)),
+                Start::Special(s) => each(!0, |lane| self.set(at, lane, *wide, special(s, lane))),
             }
         }
         let top = (local_base + f.local) as usize;

@@ -354,7 +354,8 @@ impl Warp {
     ) -> Result<[usize; WARP], Box<Finding>> {
         let given = (1u64 << (8 * count as u64)) as u32;
         let used = given.wrapping_sub(1);
-        let mut at = self.addresses(ctx, instr, addr, used, bases)?;
+        let mut at = [0; WARP];
+        self.addresses(ctx, instr, addr, used, bases, &mut at)?;
         let mut out = [0; WARP];
         for lane in lanes(used) {
             if addr.space == Space::Generic {

@@ -1,5 +1,7 @@
 //! Warp-wide arithmetic: one call computes all 32 lanes.
 
+use std::sync::LazyLock;
+
 /// Lanes of a warp.
 pub const WARP: usize = 32;
 
@@ -154,7 +156,13 @@ lane_type! {
 }
 
 /// Whether the wide versions of the functions can run here.
+#[inline(always)]
 pub fn wide() -> bool {
+    static WIDE: LazyLock<bool> = LazyLock::new(detect);
+    *WIDE
+}
+
+fn detect() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         is_x86_feature_detected!("avx2")
@@ -167,6 +175,32 @@ pub fn wide() -> bool {
     {
         false
     }
+}
+
+/// Defines functions that are compiled a second time for hosts with AVX2, and chosen when called.
+#[macro_export]
+#[doc(hidden)]
+macro_rules! widened {
+    ($(
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $t:ty),* $(,)?) $(-> $r:ty)? $body:block
+    )*) => {$(
+        $(#[$meta])*
+        $vis fn $name($($arg: $t),*) $(-> $r)? {
+            #[inline(always)]
+            fn body($($arg: $t),*) $(-> $r)? $body
+            #[cfg(target_arch = "x86_64")]
+            if $crate::machine::lanes::wide() {
+                #[target_feature(enable = "avx2,fma,bmi2,lzcnt,popcnt")]
+                fn fast($($arg: $t),*) $(-> $r)? {
+                    body($($arg),*)
+                }
+                // SAFETY: `wide` says that the host has these features.
+                return unsafe { fast($($arg),*) };
+            }
+            body($($arg),*)
+        }
+    )*};
 }
 
 /// Makes an [`AluFn`] from a scalar expression: `alu!(f32; a: f32, b: f32; a + b)`.

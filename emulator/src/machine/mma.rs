@@ -10,6 +10,7 @@ use super::lanes::WARP;
 use super::num;
 use super::warp::Warp;
 use crate::config::MmaRounding;
+use crate::widened;
 
 const M: usize = 16;
 const N: usize = 8;
@@ -23,6 +24,7 @@ fn width(e: Element) -> usize {
     }
 }
 
+#[inline(always)]
 fn decode(e: Element, bits: u32) -> f64 {
     match e {
         Element::F16 => num::f16_to_f32(bits as u16) as f64,
@@ -36,6 +38,7 @@ fn decode(e: Element, bits: u32) -> f64 {
     }
 }
 
+widened! {
 /// D = A B + C.
 pub(super) fn multiply(warp: &mut Warp, op: &MmaOp, base: usize, rounding: MmaRounding) {
     let k = op.k as usize;
@@ -125,8 +128,10 @@ pub(super) fn multiply(warp: &mut Warp, op: &MmaOp, base: usize, rounding: MmaRo
         warp.poison[at] |= (bad & 1) << lane;
     });
 }
+}
 
 /// Visits every element of C or D: register, lane, half, row, column.
+#[inline(always)]
 fn each(half: bool, mut f: impl FnMut(usize, usize, usize, usize, usize)) {
     for lane in 0..WARP {
         let (g, t) = (lane / 4, lane % 4);
@@ -141,6 +146,7 @@ fn each(half: bool, mut f: impl FnMut(usize, usize, usize, usize, usize)) {
     }
 }
 
+#[inline(always)]
 fn accumulate(d: &mut [[f64; N]; M], a: &[[f64; K]; M], b: &[[f64; N]; K], from: usize, to: usize) {
     for (row, sums) in d.iter_mut().enumerate() {
         let mut s = *sums;

@@ -3,6 +3,7 @@
 use super::block::Context;
 use super::calls::Frame;
 use super::code::*;
+use super::execute::each;
 use super::lanes::{Lanes, WARP, get_lane, masked, set_lane};
 use super::local::Local;
 use crate::config::Schedule;
@@ -173,6 +174,15 @@ impl Warp {
         get_lane(&self.regs, at, lane, wide)
     }
 
+    /// Writes the same bits to all lanes of a mask.
+    pub(super) fn fill(&mut self, at: usize, mask: u32, wide: bool, bits: u64) {
+        if mask == !0 && !wide {
+            self.regs[at] = Lanes([bits as u32; WARP]);
+        } else {
+            each(mask, |lane| self.set(at, lane, wide, bits));
+        }
+    }
+
     #[inline(always)]
     pub(super) fn set_poison(&mut self, at: usize, mask: u32, poison: u32) {
         self.poison[at] = self.poison[at] & !mask | poison & mask;
@@ -286,7 +296,12 @@ impl Warp {
                 let active = (self.preds[guard] ^ instr.negate) & mask;
                 if counting {
                     let class = instr.class as usize;
-                    let n = active.count_ones() as u64;
+                    // Not all hosts count bits in one instruction.
+                    let n = if active == !0 {
+                        32
+                    } else {
+                        active.count_ones() as u64
+                    };
                     ctx.counters.warp_instructions[class] += (n != 0) as u64;
                     ctx.counters.thread_instructions[class] += n;
                     ctx.counters.flops += instr.flops as u64 * n;
@@ -359,7 +374,9 @@ impl Warp {
                     Op::Exit => {
                         self.exited |= active;
                         self.abandon_copies(active);
-                        if active == mask {
+                        if alone && active == mask {
+                            self.groups.clear();
+                        } else if active == mask {
                             self.groups.remove(at);
                         } else {
                             self.groups[at].mask = mask & !active;

@@ -8,12 +8,13 @@ mod plain;
 
 use super::block::Context;
 use super::code::*;
-use super::execute::{each, lanes, space_of};
-use super::lanes::{Lanes, WARP, wide_lanes};
+use super::execute::{lanes, space_of};
+use super::lanes::{WARP, wide_lanes};
 use super::memory::{AccessError, Allocation};
 use super::warp::{Bases, Warp};
 use crate::ptx::ast::Space;
 use crate::report::{Finding, Kind};
+use crate::widened;
 pub(super) use places::Places;
 use plain::Transfer;
 
@@ -49,11 +50,7 @@ impl Warp {
                     let bits = cell::of_slice(ctx.launch.params, at, *size);
                     let bits = cell::extended(bits, *size, *extend);
                     let d = bases.regs + *slot as usize;
-                    if active == !0 && !*wide {
-                        self.regs[d] = Lanes([bits as u32; WARP]);
-                    } else {
-                        each(active, |lane| self.set(d, lane, *wide, bits));
-                    }
+                    self.fill(d, active, *wide, bits);
                     self.set_poison(d, active, 0);
                 }
                 Ok(())
@@ -95,7 +92,8 @@ impl Warp {
                 self.transfer(ctx, instr, addr, &transfer, active, bases, pc)
             }
             Op::Atom { addr, ty, .. } => {
-                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
+                let mut at = [0; WARP];
+                self.addresses(ctx, instr, addr, active, bases, &mut at)?;
                 self.check_aligned(ctx, instr, &at, active, ty.size() as u64)?;
                 for (space, mask) in split(addr.space, &mut at, active) {
                     self.atom(ctx, instr, op, space, &at, mask, bases, pc)?;
@@ -109,10 +107,12 @@ impl Warp {
                 bytes,
                 ignore,
             } => {
-                let to = self.addresses(ctx, instr, to, active, bases)?;
-                let from = self.addresses(ctx, instr, from, active, bases)?;
+                let mut at = [[0; WARP]; 2];
+                self.addresses(ctx, instr, to, active, bases, &mut at[0])?;
+                self.addresses(ctx, instr, from, active, bases, &mut at[1])?;
+                let [to, from] = &at;
                 self.copy_async(
-                    ctx, instr, &to, &from, *size, *bytes, *ignore, active, bases, pc,
+                    ctx, instr, to, from, *size, *bytes, *ignore, active, bases, pc,
                 )
             }
             Op::CopyCommit => {
@@ -124,28 +124,27 @@ impl Warp {
         }
     }
 
-    /// Addresses of the active lanes.
+    /// Addresses of all lanes; those of the active ones must be defined.
+    #[inline(always)]
     pub(in crate::machine) fn addresses(
         &self,
-        ctx: &mut Context,
+        ctx: &Context,
         instr: &Instr,
         addr: &Addr,
         active: u32,
         bases: Bases,
-    ) -> Result<[u64; WARP]> {
+        out: &mut [u64; WARP],
+    ) -> Result<()> {
         let slot = bases.regs + addr.slot as usize;
-        if self.poison[slot] & active != 0 {
-            ctx.check_poison(self, instr, self.poison[slot] & active, "an address")?;
-        }
-        Ok(if addr.wide {
-            let base = wide_lanes(&self.regs, slot);
-            std::array::from_fn(|lane| base[lane].wrapping_add(addr.offset as u64))
+        if addr.wide {
+            add_wide(wide_lanes(&self.regs, slot), addr.offset as u64, out);
         } else {
-            let base = &self.regs[slot].0;
-            std::array::from_fn(|lane| base[lane].wrapping_add(addr.offset as u32) as u64)
-        })
+            add(&self.regs[slot].0, addr.offset as u32, out);
+        }
+        ctx.check_poison(self, instr, self.poison[slot] & active, "an address")
     }
 
+    #[inline(always)]
     fn check_aligned(
         &self,
         ctx: &Context,
@@ -155,16 +154,26 @@ impl Warp {
         size: u64,
     ) -> Result<()> {
         // Lanes that are off may hold anything: then it is looked at more closely.
-        if at.iter().fold(0, |low, a| low | a) & (size - 1) == 0 {
+        if union(at) & (size - 1) == 0 {
             return Ok(());
         }
         match lanes(active).find(|&lane| at[lane] & (size - 1) != 0) {
             None => Ok(()),
-            Some(lane) => {
-                let message = format!("misaligned access of {size} bytes at {:#x}", at[lane]);
-                Err(ctx.fault(self, instr, Kind::Misaligned, lane as u32, message))
-            }
+            Some(lane) => Err(self.misaligned(ctx, instr, lane, at[lane], size)),
         }
+    }
+
+    #[cold]
+    fn misaligned(
+        &self,
+        ctx: &Context,
+        instr: &Instr,
+        lane: usize,
+        address: u64,
+        size: u64,
+    ) -> Box<Finding> {
+        let message = format!("misaligned access of {size} bytes at {address:#x}");
+        ctx.fault(self, instr, Kind::Misaligned, lane as u32, message)
     }
 
     fn bad_global(
@@ -263,6 +272,25 @@ impl Warp {
     ) -> Result<usize> {
         let have = ctx.shared.len();
         self.range(ctx, instr, lane, address, size, have, "shared memory")
+    }
+}
+
+widened! {
+    fn add_wide(base: &[u64; WARP], offset: u64, out: &mut [u64; WARP]) {
+        for (o, b) in out.iter_mut().zip(base) {
+            *o = b.wrapping_add(offset);
+        }
+    }
+
+    fn add(base: &[u32; WARP], offset: u32, out: &mut [u64; WARP]) {
+        for (o, b) in out.iter_mut().zip(base) {
+            *o = b.wrapping_add(offset) as u64;
+        }
+    }
+
+    /// The bits that any lane has.
+    fn union(at: &[u64; WARP]) -> u64 {
+        at.iter().fold(0, |all, a| all | a)
     }
 }
 

@@ -3,6 +3,7 @@
 use crate::machine::block::Context;
 use crate::machine::execute::lanes;
 use crate::machine::lanes::WARP;
+use crate::widened;
 
 const BANKS: usize = 32;
 
@@ -18,14 +19,31 @@ pub(in crate::machine) struct Places<'a> {
     pub adjacent: bool,
 }
 
-impl<'a> Places<'a> {
-    /// The lanes of `mask` access `size` bytes each.
-    pub fn new(at: &'a [u64; WARP], mask: u32, size: u64) -> Places<'a> {
+widened! {
+    /// Zero if each lane starts `size` bytes after the one before it.
+    fn gaps(at: &[u64; WARP], size: u64) -> u64 {
         let mut gaps = 0;
         for (lane, a) in at.iter().enumerate() {
             gaps |= a ^ at[0].wrapping_add(lane as u64 * size);
         }
-        let adjacent = mask == !0 && gaps == 0;
+        gaps
+    }
+
+    /// A bit a lane that starts at `start` or up to `last` bytes later.
+    fn between(at: &[u64; WARP], start: u64, last: u64) -> u32 {
+        let mut bits = [0u32; WARP];
+        for (lane, a) in at.iter().enumerate() {
+            bits[lane] = ((a.wrapping_sub(start) <= last) as u32) << lane;
+        }
+        bits.iter().fold(0, |all, b| all | b)
+    }
+}
+
+impl<'a> Places<'a> {
+    /// The lanes of `mask` access `size` bytes each.
+    #[inline(always)]
+    pub fn new(at: &'a [u64; WARP], mask: u32, size: u64) -> Places<'a> {
+        let adjacent = mask == !0 && gaps(at, size) == 0;
         Places {
             at,
             mask,
@@ -43,8 +61,7 @@ impl<'a> Places<'a> {
         if self.adjacent && is_in(0) && is_in(WARP - 1) {
             return left;
         }
-        let inside = (0..WARP).fold(0, |m, lane| m | (is_in(lane) as u32) << lane);
-        let outside = left & !inside;
+        let outside = left & !between(self.at, start, last);
         let first = outside & outside.wrapping_neg();
         left & first.wrapping_sub(1)
     }

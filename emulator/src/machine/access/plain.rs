@@ -4,7 +4,7 @@ use super::{Places, Result, cell, split};
 use crate::machine::block::Context;
 use crate::machine::code::*;
 use crate::machine::execute::{each, lanes};
-use crate::machine::lanes::Lanes;
+use crate::machine::lanes::{Lanes, WARP};
 use crate::machine::race::Touch;
 use crate::machine::warp::{Bases, Warp};
 use crate::ptx::ast::Space;
@@ -113,7 +113,8 @@ impl Warp {
         pc: u32,
     ) -> Result<()> {
         let total = t.total();
-        let mut at = self.addresses(ctx, instr, addr, active, bases)?;
+        let mut at = [0; WARP];
+        self.addresses(ctx, instr, addr, active, bases, &mut at)?;
         self.check_aligned(ctx, instr, &at, active, total)?;
         for (space, mask) in split(addr.space, &mut at, active) {
             let places = Places::new(&at, mask, total);
