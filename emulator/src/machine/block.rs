@@ -230,7 +230,25 @@ impl<'l> Context<'l> {
     }
 
     /// Records a plain access to device memory and reports what it races with.
+    #[inline(always)]
     pub(super) fn global_access(
+        &mut self,
+        warp: &Warp,
+        instr: &Instr,
+        allocation: &Allocation,
+        offset: usize,
+        size: usize,
+        lane: usize,
+        writes: bool,
+    ) {
+        let block = self.linear as u32;
+        if !allocation.shadow().alone(offset, size, block, writes) {
+            self.contested(warp, instr, allocation, offset, size, lane, writes);
+        }
+    }
+
+    /// As [`Context::global_access`], where other blocks may have been.
+    fn contested(
         &mut self,
         warp: &Warp,
         instr: &Instr,

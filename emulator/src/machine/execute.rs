@@ -3,7 +3,7 @@
 use super::block::Context;
 use super::code::*;
 use super::decode::convert;
-use super::lanes::WARP;
+use super::lanes::{WARP, select};
 use super::num;
 use super::warp::{Bases, Warp, logic};
 use crate::ptx::Type;
@@ -82,11 +82,7 @@ impl Warp {
                 };
                 let poison =
                     self.pred_poison[p] | choose & self.poison[a] | !choose & self.poison[b];
-                for lane in lanes(active) {
-                    let from = if choose >> lane & 1 == 1 { a } else { b };
-                    let value = self.get(from, lane, *wide);
-                    self.set(d, lane, *wide, value);
-                }
+                select(&mut self.regs, d, a, b, choose, active, *wide);
                 self.set_poison(d, active, poison);
             }
             Op::PredLogic {

@@ -1,5 +1,6 @@
 //! Warp-wide arithmetic: one call computes all 32 lanes.
 
+use crate::widened;
 use std::sync::LazyLock;
 
 /// Lanes of a warp.
@@ -45,6 +46,14 @@ pub fn wide_lanes(regs: &[Lanes], at: usize) -> &[u64; WARP] {
     let pair = &regs[at..at + 2];
     // SAFETY: as in `set_lane`.
     unsafe { &*pair.as_ptr().cast() }
+}
+
+/// As [`wide_lanes`], to be written.
+#[inline(always)]
+pub fn wide_lanes_mut(regs: &mut [Lanes], at: usize) -> &mut [u64; WARP] {
+    let pair = &mut regs[at..at + 2];
+    // SAFETY: as in `set_lane`.
+    unsafe { &mut *pair.as_mut_ptr().cast() }
 }
 
 /// Computes all lanes of a register from up to three others. Tells whether it has 64 bits.
@@ -98,6 +107,36 @@ unsafe fn blend<W: Copy>(d: *mut W, from: *const W, mask: u32) {
             let (new, old) = (*from.add(i), *d.add(i));
             *d.add(i) = if mask >> i & 1 == 1 { new } else { old };
         }
+    }
+}
+
+widened! {
+    /// Lanes of `mask`: register `d` becomes `a` where `choose` has a bit, `b` where not.
+    pub fn select(
+        regs: &mut [Lanes],
+        d: usize,
+        a: usize,
+        b: usize,
+        choose: u32,
+        mask: u32,
+        wide: bool,
+    ) {
+        if wide {
+            let (a, b) = (*wide_lanes(regs, a), *wide_lanes(regs, b));
+            pick(wide_lanes_mut(regs, d), &a, &b, choose, mask);
+        } else {
+            let (a, b) = (regs[a].0, regs[b].0);
+            pick(&mut regs[d].0, &a, &b, choose, mask);
+        }
+    }
+}
+
+/// As [`select`].
+#[inline(always)]
+fn pick<W: Copy>(d: &mut [W; WARP], a: &[W; WARP], b: &[W; WARP], choose: u32, mask: u32) {
+    for (i, d) in d.iter_mut().enumerate() {
+        let chosen = if choose >> i & 1 == 1 { a[i] } else { b[i] };
+        *d = if mask >> i & 1 == 1 { chosen } else { *d };
     }
 }
 

@@ -229,7 +229,10 @@ impl SharedRaces {
                 if first && cell.mixed {
                     next.mixed = false;
                 }
-                if let Some(stamps) = self.mixed.get_mut(&(at as u32)) {
+                if !first
+                    && cell.mixed
+                    && let Some(stamps) = self.mixed.get_mut(&(at as u32))
+                {
                     stamps[warp] = stamp;
                 }
             } else {
@@ -359,6 +362,28 @@ impl GlobalShadow {
                 .for_each(|c| c.store(0, Ordering::Relaxed));
             self.launch.store(launch, Ordering::Release);
         }
+    }
+
+    /// Records a plain access by a block to cells that no other block wrote or, if it writes, read.
+    /// False if it comes to others: then [`GlobalShadow::access`] must look at the access.
+    #[inline(always)]
+    pub fn alone(&self, offset: usize, size: usize, block: u32, writes: bool) -> bool {
+        let me = block + 1;
+        for cell in &self.cells[offset / 4..(offset + size).div_ceil(4)] {
+            let old = cell.load(Ordering::Relaxed);
+            let (writer, reader) = (old as u32, (old >> 32) as u32);
+            let new = match reader {
+                _ if writer != 0 && writer != me => return false,
+                r if writes && (r == 0 || r == me) => me as u64,
+                r if !writes && (r == 0 || r == me) => writer as u64 | (me as u64) << 32,
+                SEVERAL if !writes => old,
+                _ => return false,
+            };
+            if new != old {
+                cell.store(new, Ordering::Relaxed);
+            }
+        }
+        true
     }
 
     /// Records a plain access by a block. `knows` tells whether another block's accesses are

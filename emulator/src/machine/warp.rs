@@ -3,8 +3,8 @@
 use super::block::Context;
 use super::calls::Frame;
 use super::code::*;
-use super::execute::each;
-use super::lanes::{Lanes, WARP, get_lane, masked, set_lane};
+use super::execute::lanes;
+use super::lanes::{Lanes, WARP, get_lane, masked, set_lane, wide_lanes_mut};
 use super::local::Local;
 use crate::config::Schedule;
 use crate::report::{Finding, Kind};
@@ -176,10 +176,10 @@ impl Warp {
 
     /// Writes the same bits to all lanes of a mask.
     pub(super) fn fill(&mut self, at: usize, mask: u32, wide: bool, bits: u64) {
-        if mask == !0 && !wide {
-            self.regs[at] = Lanes([bits as u32; WARP]);
-        } else {
-            each(mask, |lane| self.set(at, lane, wide, bits));
+        match (mask, wide) {
+            (u32::MAX, false) => self.regs[at] = Lanes([bits as u32; WARP]),
+            (u32::MAX, true) => *wide_lanes_mut(&mut self.regs, at) = [bits; WARP],
+            _ => lanes(mask).for_each(|lane| self.set(at, lane, wide, bits)),
         }
     }
 

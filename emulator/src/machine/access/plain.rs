@@ -153,44 +153,56 @@ impl Warp {
             let start = at[lane] - offset as u64;
             let part = places.within(left, start, a.len() as u64);
             left &= !part;
+            // All lanes' bytes, one after the other: then they are looked at together.
+            let whole = (places.adjacent && part == !0).then_some(WARP * total as usize);
+            let place = |lane: usize| (at[lane] - start) as usize;
+            let known = match whole {
+                _ if !checks.uninitialised => true,
+                Some(len) if t.store => {
+                    a.set_valid_range(offset, len);
+                    true
+                }
+                Some(len) => a.is_valid_range(offset, len),
+                None => false,
+            };
             for (o, register) in t.elements(bases) {
                 let first = a.pointer().wrapping_add(o);
+                let regs = &mut self.regs;
                 // SAFETY: `within` says that the lanes' bytes are in the allocation,
                 // `check_aligned` that they are aligned.
                 unsafe {
-                    if places.adjacent {
-                        let first = first.add(offset);
-                        t.element(&mut self.regs, register, part, |lane| {
-                            first.add(lane * total as usize)
-                        });
+                    if whole.is_some() {
+                        let pointer = |lane| first.add(offset + lane * total as usize);
+                        t.element(regs, register, part, pointer);
                     } else {
-                        t.element(&mut self.regs, register, part, |lane| {
-                            first.add((at[lane] - start) as usize)
-                        });
+                        t.element(regs, register, part, |lane| first.add(place(lane)));
                     }
                 }
-                if !checks.uninitialised {
-                    continue;
-                }
-                let (size, place) = (t.size as usize, |lane| (at[lane] - start) as usize + o);
-                if t.store {
-                    lanes(part).for_each(|lane| a.set_valid(place(lane), size));
-                } else {
-                    let invalid = lanes(part).filter(|lane| !a.is_valid(place(*lane), size));
+                let size = t.size as usize;
+                if t.store && !known {
+                    lanes(part).for_each(|lane| a.set_valid(place(lane) + o, size));
+                } else if !t.store {
+                    let unknown = if known { 0 } else { part };
+                    let invalid = lanes(unknown).filter(|lane| !a.is_valid(place(*lane) + o, size));
                     let invalid = invalid.fold(0, |m, lane| m | 1 << lane);
                     self.set_poison(register, part, invalid);
                 }
             }
-            if checks.global_races {
-                for lane in lanes(part) {
-                    let offset = (at[lane] - start) as usize;
-                    match (t.strong, t.store) {
-                        (true, true) => ctx.release(at[lane]),
-                        (true, false) => ctx.acquire(at[lane]),
-                        _ => {
-                            ctx.global_access(self, instr, a, offset, total as usize, lane, t.store)
-                        }
-                    }
+            if !checks.global_races {
+                continue;
+            }
+            if let Some(len) = whole
+                && !t.strong
+                && a.shadow().alone(offset, len, ctx.linear as u32, t.store)
+            {
+                continue;
+            }
+            for lane in lanes(part) {
+                let (offset, total) = (place(lane), total as usize);
+                match (t.strong, t.store) {
+                    (true, true) => ctx.release(at[lane]),
+                    (true, false) => ctx.acquire(at[lane]),
+                    _ => ctx.global_access(self, instr, a, offset, total, lane, t.store),
                 }
             }
         }
