@@ -60,7 +60,7 @@ pub fn wide_lanes_mut(regs: &mut [Lanes], at: usize) -> &mut [u64; WARP] {
 ///
 /// # Safety
 /// Each pointer must be valid for the width that the function was made for: one `Lanes` for
-/// types of up to 32 bits, two for 64 bits. They may be equal, but not overlap otherwise.
+/// types of up to 32 bits, two for 64 bits. They may be equal.
 pub type AluFn =
     unsafe fn(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes) -> bool;
 
