@@ -158,9 +158,39 @@ impl SharedRaces {
     ) -> Option<Conflict> {
         let mut found = None;
         for at in offset / 2..(offset + size).div_ceil(2) {
+            if touch == Touch::Read && self.read(at, warp, lane, pc) {
+                continue;
+            }
             found = found.or(self.cell(at, warp, lane, pc, touch));
         }
         found
+    }
+
+    /// Records a plain load that is ordered after the last write, of a cell that was not read
+    /// since, or at this load's stamp. False, with nothing done, for all others.
+    #[inline(always)]
+    fn read(&mut self, at: usize, warp: usize, lane: u32, pc: u32) -> bool {
+        let (floor, stamp, bit) = (self.floor, self.own[warp], 1 << warp);
+        let cell = &mut self.cells[at];
+        let writer = cell.write_warp as usize;
+        let ordered = cell.write_stamp <= floor
+            || !cell.in_flight
+                && if writer == warp {
+                    cell.write_stamp < stamp || cell.write_lane as u32 == lane
+                } else {
+                    self.clocks[warp * self.warps + writer] >= cell.write_stamp
+                };
+        let first = cell.readers == 0 || cell.read_stamp <= floor;
+        if !ordered || !first && (cell.read_stamp != stamp || cell.mixed) {
+            return false;
+        }
+        let again = cell.readers == bit && cell.read_lane as u32 == lane;
+        cell.readers = if first { bit } else { cell.readers | bit };
+        cell.read_lane = if first || again { lane as u8 } else { MANY };
+        cell.read_stamp = stamp;
+        cell.read_pc = pc;
+        cell.mixed = false;
+        true
     }
 
     fn cell(
