@@ -2,7 +2,6 @@
 
 use super::code::*;
 use super::execute::mix;
-use super::lanes::WARP;
 use super::launch::Launch;
 use super::memory::Allocation;
 use super::race::{SharedRaces, Touch};
@@ -33,6 +32,8 @@ pub struct Context<'l> {
     pub(super) shared: Shared,
     pub(super) races: Option<SharedRaces>,
     barriers: [Barrier; 16],
+    /// A bit a barrier: threads have arrived.
+    arrived: u16,
     /// What this block did.
     pub counters: Counters,
     /// Races found, which do not stop it.
@@ -57,6 +58,7 @@ impl<'l> Context<'l> {
             shared: Shared::default(),
             races: races.then(|| SharedRaces::new(warps, launch.shared as usize)),
             barriers: Default::default(),
+            arrived: 0,
             counters: Counters::default(),
             findings: Vec::new(),
             exited: false,
@@ -78,7 +80,9 @@ impl<'l> Context<'l> {
         if let Some(races) = &mut self.races {
             races.start_block();
         }
-        self.barriers = Default::default();
+        if std::mem::take(&mut self.arrived) != 0 {
+            self.barriers = Default::default();
+        }
         self.exited = false;
         self.known.clear();
         self.fenced = false;
@@ -226,7 +230,25 @@ impl<'l> Context<'l> {
     }
 
     /// Records a plain access to device memory and reports what it races with.
+    #[inline(always)]
     pub(super) fn global_access(
+        &mut self,
+        warp: &Warp,
+        instr: &Instr,
+        allocation: &Allocation,
+        offset: usize,
+        size: usize,
+        lane: usize,
+        writes: bool,
+    ) {
+        let block = self.linear as u32;
+        if !allocation.shadow().alone(offset, size, block, writes) {
+            self.contested(warp, instr, allocation, offset, size, lane, writes);
+        }
+    }
+
+    /// As [`Context::global_access`], where other blocks may have been.
+    fn contested(
         &mut self,
         warp: &Warp,
         instr: &Instr,
@@ -310,6 +332,7 @@ impl<'l> Context<'l> {
                 say(expected)
             ));
         }
+        self.arrived |= 1 << id;
         barrier.expected = expected;
         barrier.threads += threads;
         barrier.units += units;
@@ -329,78 +352,6 @@ impl<'l> Context<'l> {
     pub(super) fn reduce(&mut self, id: usize, popc: u32, votes: u32) {
         self.barriers[id].popc += popc;
         self.barriers[id].votes += votes;
-    }
-
-    /// Counts the sectors that a warp's access to device memory touches.
-    pub(super) fn count_global(&mut self, at: &[u64; WARP], mask: u32, bytes: u64, store: bool) {
-        let (mut sectors, mut unique) = (0u64, 0u64);
-        let (mut last_sector, mut last) = (u64::MAX, u64::MAX);
-        let mut sorted = true;
-        for lane in super::execute::lanes(mask) {
-            let address = at[lane];
-            if last != u64::MAX && address < last {
-                sorted = false;
-                break;
-            }
-            unique += (address != last) as u64;
-            sectors += (address >> 5 != last_sector) as u64;
-            (last, last_sector) = (address, address >> 5);
-        }
-        if !sorted {
-            let mut all: Vec<u64> = super::execute::lanes(mask).map(|l| at[l]).collect();
-            all.sort_unstable();
-            all.dedup();
-            unique = all.len() as u64;
-            all.iter_mut().for_each(|a| *a >>= 5);
-            all.dedup();
-            sectors = all.len() as u64;
-        }
-        let total = bytes * mask.count_ones() as u64;
-        let c = &mut self.counters;
-        if store {
-            c.global_store_bytes += total;
-            c.global_store_sectors += sectors;
-            c.global_store_unique_bytes += unique * bytes;
-        } else {
-            c.global_load_bytes += total;
-            c.global_load_sectors += sectors;
-            c.global_load_unique_bytes += unique * bytes;
-        }
-    }
-
-    /// Counts the wavefronts of an access to shared memory: 128 bytes of different banks each.
-    pub(super) fn count_shared(&mut self, at: &[u64; WARP], mask: u32, bytes: u64) {
-        let words = (bytes as usize).div_ceil(4);
-        let phase = WARP / words;
-        for first in (0..WARP).step_by(phase) {
-            let mut seen = [u64::MAX; 32];
-            let mut extra: Vec<u64> = Vec::new();
-            let mut any = false;
-            for lane in (first..first + phase).filter(|l| mask >> l & 1 == 1) {
-                any = true;
-                for w in 0..words as u64 {
-                    let word = (at[lane] >> 2) + w;
-                    let bank = &mut seen[(word & 31) as usize];
-                    if *bank == u64::MAX {
-                        *bank = word;
-                    } else if *bank != word && !extra.contains(&word) {
-                        extra.push(word);
-                    }
-                }
-            }
-            if !any {
-                continue;
-            }
-            self.counters.shared_wavefronts += 1;
-            let worst = (0..32)
-                .map(|b| extra.iter().filter(|w| *w & 31 == b).count())
-                .max();
-            self.counters.bank_conflicts += if extra.is_empty() {
-                0
-            } else {
-                worst.unwrap_or(0) as u64
-            };
-        }
     }
 }
 
@@ -472,7 +423,7 @@ impl<'l> Block<'l> {
                 Stop::Blocked | Stop::Finished => self.blocked[w] = true,
                 Stop::Arrived(id) => self.complete(id),
             }
-            if std::mem::take(&mut self.ctx.exited) {
+            if std::mem::take(&mut self.ctx.exited) && self.ctx.arrived != 0 {
                 (0..16).for_each(|id| self.complete(id));
             }
             if *steps == 0 {
@@ -526,6 +477,7 @@ impl<'l> Block<'l> {
             return;
         }
         let barrier = std::mem::take(&mut self.ctx.barriers[id]);
+        self.ctx.arrived &= !(1 << id);
         let mut released = Vec::new();
         for (w, warp) in self.warps.iter_mut().enumerate() {
             if warp.release(id, barrier.popc, barrier.popc == barrier.votes) {

@@ -2,6 +2,7 @@
 
 use super::block::Context;
 use super::code::*;
+use super::execute::{each, lanes};
 use super::lanes::{Lanes, WARP};
 use super::warp::{Bases, Group, Wait, Warp};
 use crate::report::{Finding, Kind};
@@ -64,24 +65,17 @@ impl Warp {
             if keep && !changes {
                 continue;
             }
-            for lane in 0..WARP {
-                let bits = match start {
-                    Start::Bits(bits) => *bits,
-                    Start::Local(offset) => (local_base + offset) as u64,
-                    Start::Special(special) => ctx.special(*special, self.id, lane as u32),
-                };
-                self.set(at, lane, *wide, bits);
+            let id = self.id;
+            let special = |special, lane: usize| ctx.special(special, id, lane as u32);
+            match *start {
+                Start::Bits(bits) => self.fill(at, !0, *wide, bits),
+                Start::Local(offset) => self.fill(at, !0, *wide, (local_base + offset) as u64),
+                Start::Special(s) if s.same_in_warp() => self.fill(at, !0, *wide, special(s, 0)),
+                Start::Special(s) => each(!0, |lane| self.set(at, lane, *wide, special(s, lane))),
             }
         }
         let top = (local_base + f.local) as usize;
-        for lane in 0..WARP {
-            if self.local[lane].len() < top {
-                self.local[lane].resize(top, 0);
-                self.local_valid[lane].resize(top.div_ceil(8), 0);
-            }
-            // Whatever an earlier call left there is not this call's.
-            self.local_valid[lane][local_base as usize / 8..top.div_ceil(8)].fill(0);
-        }
+        self.local.frame(local_base as usize, top);
         let parent = parent.unwrap_or(u32::MAX);
         let frame = Frame {
             function,
@@ -226,14 +220,9 @@ impl Warp {
     }
 
     fn copy_local(&mut self, mask: u32, from: u32, to: u32, size: u32) {
-        for lane in (0..WARP).filter(|l| mask >> l & 1 == 1) {
-            self.local[lane].copy_within(from as usize..(from + size) as usize, to as usize);
-            let valid = &mut self.local_valid[lane];
-            for i in 0..size {
-                let (f, t) = ((from + i) as usize, (to + i) as usize);
-                let bit = valid[f / 8] >> (f % 8) & 1;
-                valid[t / 8] = valid[t / 8] & !(1 << (t % 8)) | bit << (t % 8);
-            }
+        for lane in lanes(mask) {
+            self.local
+                .copy(lane, from as usize, to as usize, size as usize);
         }
     }
 }

@@ -184,6 +184,18 @@ pub enum Special {
     TotalShared,
 }
 
+impl Special {
+    /// All lanes of a warp read the same.
+    pub fn same_in_warp(self) -> bool {
+        use Special::*;
+        let lane = matches!(
+            self,
+            LanemaskEq | LanemaskLe | LanemaskLt | LanemaskGe | LanemaskGt
+        );
+        !lane && !matches!(self, Tid(_) | Laneid)
+    }
+}
+
 /// Registers that change as the kernel runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]

@@ -1,14 +1,70 @@
 //! Exchanges between the lanes of a warp: shuffles, votes, matches, matrix loads, `mma`.
 
+use super::access::Places;
 use super::block::Context;
 use super::code::*;
-use super::execute::{lanes, space_of};
+use super::execute::{each, lanes, space_of};
 use super::lanes::WARP;
 use super::mma;
 use super::race::Touch;
 use super::warp::{Bases, Warp, lane_list};
 use crate::ptx::ast::Space;
 use crate::report::{Finding, Kind};
+use crate::widened;
+
+widened! {
+    /// A bit a lane with this value.
+    fn equal(values: &[u32; WARP], value: u32) -> u32 {
+        let mut bits = [0; WARP];
+        for (lane, v) in values.iter().enumerate() {
+            bits[lane] = ((*v == value) as u32) << lane;
+        }
+        bits.iter().fold(0, |all, b| all | b)
+    }
+
+    /// A bit a lane: the bit of its value that `which` names.
+    fn chosen(values: &[u32; WARP], which: &[u32; WARP]) -> u32 {
+        let mut bits = [0; WARP];
+        for (lane, v) in values.iter().enumerate() {
+            bits[lane] = (*v >> (which[lane] & 31) & 1) << lane;
+        }
+        bits.iter().fold(0, |all, b| all | b)
+    }
+
+    /// The lane that each lane of a shuffle reads, and a bit a lane whose partner is in range;
+    /// the others read themselves.
+    fn sources(kind: Shuffle, b: &[u32; WARP], c: &[u32; WARP], from: &mut [u32; WARP]) -> u32 {
+        match kind {
+            Shuffle::Up => partners(b, c, from, |me, b, _, top| (me - b, me - b >= top)),
+            Shuffle::Down => partners(b, c, from, |me, b, _, top| (me + b, me + b <= top)),
+            Shuffle::Bfly => partners(b, c, from, |me, b, _, top| (me ^ b, me ^ b <= top)),
+            Shuffle::Idx => partners(b, c, from, |me, b, segment, top| {
+                let partner = me & segment | b & !segment;
+                (partner, partner <= top)
+            }),
+        }
+    }
+}
+
+/// As [`sources`]: `partner` gets lane, operand, segment mask and limit.
+#[inline(always)]
+fn partners(
+    b: &[u32; WARP],
+    c: &[u32; WARP],
+    from: &mut [u32; WARP],
+    partner: impl Fn(i32, i32, i32, i32) -> (i32, bool),
+) -> u32 {
+    let mut inside = [0; WARP];
+    for lane in 0..WARP {
+        let (me, b, c) = (lane as i32, b[lane] as i32 & 31, c[lane] as i32);
+        let (clamp, segment) = (c & 31, c >> 8 & 31);
+        let top = me & segment | clamp & !segment;
+        let (partner, ok) = partner(me, b, segment, top);
+        from[lane] = if ok { partner } else { me } as u32;
+        inside[lane] = (ok as u32) << lane;
+    }
+    inside.iter().fold(0, |all, b| all | b)
+}
 
 impl Warp {
     /// The lanes whose partners have all arrived.
@@ -20,14 +76,12 @@ impl Warp {
         active: u32,
     ) -> Result<u32, Box<Finding>> {
         ctx.check_poison(self, instr, self.poison[mask] & active, "a lane mask")?;
-        let masks = self.regs[mask].0;
+        let masks = &self.regs[mask].0;
         let (mut ready, mut left) = (0, active);
         while left != 0 {
             let lane = left.trailing_zeros();
             let wanted = masks[lane as usize];
-            let same = lanes(active)
-                .filter(|l| masks[*l] == wanted)
-                .fold(0, |m, l| m | 1 << l);
+            let same = active & equal(masks, wanted);
             left &= !same;
             let outside = same & !wanted;
             if outside != 0 {
@@ -105,36 +159,21 @@ impl Warp {
                 let from_poison = self.poison[r(*a)];
                 let control = (self.poison[r(*b)] | self.poison[r(*c)]) & ready;
                 ctx.check_poison(self, instr, control, "a shuffle's lane")?;
-                let (mut inside, mut poison) = (0, 0);
-                let mut out = [0; WARP];
-                for lane in lanes(ready) {
-                    let (b, c) = (
-                        self.regs[r(*b)].0[lane] as i32 & 31,
-                        self.regs[r(*c)].0[lane],
+                let (b, c) = (&self.regs[r(*b)].0, &self.regs[r(*c)].0);
+                let mut from = [0; WARP];
+                let inside = sources(*kind, b, c, &mut from);
+                let missing = ready & !chosen(&masks, &from);
+                if missing != 0 {
+                    let lane = missing.trailing_zeros();
+                    let (from, mask) = (from[lane as usize], masks[lane as usize]);
+                    let message = format!(
+                        "lane {lane} reads lane {from}, which the mask {mask:#010x} leaves out"
                     );
-                    let me = lane as i32;
-                    let (clamp, segment) = ((c & 31) as i32, (c >> 8 & 31) as i32);
-                    let top = me & segment | clamp & !segment;
-                    let bottom = me & segment;
-                    let (from, ok) = match kind {
-                        Shuffle::Up => (me - b, me - b >= top),
-                        Shuffle::Down => (me + b, me + b <= top),
-                        Shuffle::Bfly => (me ^ b, me ^ b <= top),
-                        Shuffle::Idx => (bottom | b & !segment, (bottom | b & !segment) <= top),
-                    };
-                    let from = if ok { from } else { me } as usize;
-                    if masks[lane] >> from & 1 == 0 {
-                        let message = format!(
-                            "lane {lane} reads lane {from}, which the mask {:#010x} leaves out",
-                            masks[lane]
-                        );
-                        return Err(ctx.fault(self, instr, Kind::AbsentLane, lane as u32, message));
-                    }
-                    out[lane] = values[from];
-                    inside |= (ok as u32) << lane;
-                    poison |= (from_poison >> from & 1) << lane;
+                    return Err(ctx.fault(self, instr, Kind::AbsentLane, lane, message));
                 }
-                lanes(ready).for_each(|l| self.regs[r(*d)].0[l] = out[l]);
+                let out = &mut self.regs[r(*d)].0;
+                each(ready, |lane| out[lane] = values[from[lane] as usize % WARP]);
+                let poison = chosen(&[from_poison; WARP], &from);
                 self.set_poison(r(*d), ready, poison);
                 if let Some(p) = p {
                     self.set_pred(q(*p), ready, inside, 0);
@@ -353,7 +392,8 @@ impl Warp {
     ) -> Result<[usize; WARP], Box<Finding>> {
         let given = (1u64 << (8 * count as u64)) as u32;
         let used = given.wrapping_sub(1);
-        let mut at = self.addresses(ctx, instr, addr, used, bases)?;
+        let mut at = [0; WARP];
+        self.addresses(ctx, instr, addr, used, bases, &mut at)?;
         let mut out = [0; WARP];
         for lane in lanes(used) {
             if addr.space == Space::Generic {
@@ -369,9 +409,7 @@ impl Warp {
             }
             out[lane] = self.shared_range(ctx, instr, lane, at[lane], 16)?;
         }
-        if ctx.launch.config.counters {
-            ctx.count_shared(&at, used, 16);
-        }
+        ctx.count_shared(&Places::new(&at, used, 16));
         Ok(out)
     }
 }

@@ -3,7 +3,7 @@
 use super::block::Context;
 use super::code::*;
 use super::decode::convert;
-use super::lanes::WARP;
+use super::lanes::{WARP, select};
 use super::num;
 use super::warp::{Bases, Warp, logic};
 use crate::ptx::Type;
@@ -22,6 +22,16 @@ pub(super) fn lanes(mask: u32) -> impl Iterator<Item = usize> {
         left &= left - 1;
         Some(lane)
     })
+}
+
+/// Does something for the lanes of a mask, lowest first: with all 32 on, without looking for them.
+#[inline(always)]
+pub(super) fn each(mask: u32, mut f: impl FnMut(usize)) {
+    if mask == !0 {
+        (0..WARP).for_each(f);
+    } else {
+        lanes(mask).for_each(&mut f);
+    }
 }
 
 impl Warp {
@@ -72,11 +82,7 @@ impl Warp {
                 };
                 let poison =
                     self.pred_poison[p] | choose & self.poison[a] | !choose & self.poison[b];
-                for lane in lanes(active) {
-                    let from = if choose >> lane & 1 == 1 { a } else { b };
-                    let value = self.get(from, lane, *wide);
-                    self.set(d, lane, *wide, value);
-                }
+                select(&mut self.regs, d, a, b, choose, active, *wide);
                 self.set_poison(d, active, poison);
             }
             Op::PredLogic {

@@ -1,5 +1,8 @@
 //! Warp-wide arithmetic: one call computes all 32 lanes.
 
+use crate::widened;
+use std::sync::LazyLock;
+
 /// Lanes of a warp.
 pub const WARP: usize = 32;
 
@@ -37,19 +40,105 @@ pub fn get_lane(regs: &[Lanes], at: usize, lane: usize, wide: bool) -> u64 {
     }
 }
 
-/// Computes a register from up to three others, for the lanes in the mask.
+/// The lanes of 64-bit register `at`.
+#[inline(always)]
+pub fn wide_lanes(regs: &[Lanes], at: usize) -> &[u64; WARP] {
+    let pair = &regs[at..at + 2];
+    // SAFETY: as in `set_lane`.
+    unsafe { &*pair.as_ptr().cast() }
+}
+
+/// As [`wide_lanes`], to be written.
+#[inline(always)]
+pub fn wide_lanes_mut(regs: &mut [Lanes], at: usize) -> &mut [u64; WARP] {
+    let pair = &mut regs[at..at + 2];
+    // SAFETY: as in `set_lane`.
+    unsafe { &mut *pair.as_mut_ptr().cast() }
+}
+
+/// Computes all lanes of a register from up to three others. Tells whether it has 64 bits.
 ///
 /// # Safety
 /// Each pointer must be valid for the width that the function was made for: one `Lanes` for
 /// types of up to 32 bits, two for 64 bits. They may be equal.
 pub type AluFn =
-    unsafe fn(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes, mask: u32);
+    unsafe fn(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes) -> bool;
 
 /// Compares two registers; a bit a lane.
 ///
 /// # Safety
 /// As for [`AluFn`].
 pub type CmpFn = unsafe fn(a: *const Lanes, b: *const Lanes) -> u32;
+
+/// Calls an [`AluFn`], and keeps the lanes of `d` that are not in the mask. Kept out of line:
+/// partly masked instructions are rare.
+///
+/// # Safety
+/// As for [`AluFn`].
+#[inline(never)]
+pub unsafe fn masked(
+    f: AluFn,
+    d: *mut Lanes,
+    a: *const Lanes,
+    b: *const Lanes,
+    c: *const Lanes,
+    mask: u32,
+) {
+    let mut out = [Lanes::ZERO; 2];
+    // SAFETY: the caller's; `out` has room for either width, and `d` for the one told.
+    unsafe {
+        if f(out.as_mut_ptr(), a, b, c) {
+            blend(d.cast::<u64>(), out.as_ptr().cast(), mask);
+        } else {
+            blend(d.cast::<u32>(), out.as_ptr().cast(), mask);
+        }
+    }
+}
+
+/// Copies the lanes of a mask.
+///
+/// # Safety
+/// Both pointers are valid for 32 words.
+#[inline(always)]
+unsafe fn blend<W: Copy>(d: *mut W, from: *const W, mask: u32) {
+    for i in 0..WARP {
+        // SAFETY: the caller's.
+        unsafe {
+            let (new, old) = (*from.add(i), *d.add(i));
+            *d.add(i) = if mask >> i & 1 == 1 { new } else { old };
+        }
+    }
+}
+
+widened! {
+    /// Lanes of `mask`: register `d` becomes `a` where `choose` has a bit, `b` where not.
+    pub fn select(
+        regs: &mut [Lanes],
+        d: usize,
+        a: usize,
+        b: usize,
+        choose: u32,
+        mask: u32,
+        wide: bool,
+    ) {
+        if wide {
+            let (a, b) = (*wide_lanes(regs, a), *wide_lanes(regs, b));
+            pick(wide_lanes_mut(regs, d), &a, &b, choose, mask);
+        } else {
+            let (a, b) = (regs[a].0, regs[b].0);
+            pick(&mut regs[d].0, &a, &b, choose, mask);
+        }
+    }
+}
+
+/// As [`select`].
+#[inline(always)]
+fn pick<W: Copy>(d: &mut [W; WARP], a: &[W; WARP], b: &[W; WARP], choose: u32, mask: u32) {
+    for (i, d) in d.iter_mut().enumerate() {
+        let chosen = if choose >> i & 1 == 1 { a[i] } else { b[i] };
+        *d = if mask >> i & 1 == 1 { chosen } else { *d };
+    }
+}
 
 /// A type that a lane of a register can be read as.
 pub trait Lane: Copy + Default {
@@ -106,7 +195,13 @@ lane_type! {
 }
 
 /// Whether the wide versions of the functions can run here.
+#[inline(always)]
 pub fn wide() -> bool {
+    static WIDE: LazyLock<bool> = LazyLock::new(detect);
+    *WIDE
+}
+
+fn detect() -> bool {
     #[cfg(target_arch = "x86_64")]
     {
         is_x86_feature_detected!("avx2")
@@ -121,20 +216,30 @@ pub fn wide() -> bool {
     }
 }
 
-/// Writes the lanes of a mask. Kept out of line: partly masked instructions are rare, and every
-/// function would carry its 32 branches.
-///
-/// # Safety
-/// `d` is valid for 32 words.
-#[inline(never)]
+/// Defines functions that are compiled a second time for hosts with AVX2, and chosen when called.
+#[macro_export]
 #[doc(hidden)]
-pub unsafe fn store_masked<W: Copy>(d: *mut W, out: &[W; WARP], mask: u32) {
-    for (i, v) in out.iter().enumerate() {
-        if mask >> i & 1 == 1 {
-            // SAFETY: the caller's.
-            unsafe { *d.add(i) = *v };
+macro_rules! widened {
+    ($(
+        $(#[$meta:meta])*
+        $vis:vis fn $name:ident($($arg:ident: $t:ty),* $(,)?) $(-> $r:ty)? $body:block
+    )*) => {$(
+        $(#[$meta])*
+        $vis fn $name($($arg: $t),*) $(-> $r)? {
+            #[inline(always)]
+            fn body($($arg: $t),*) $(-> $r)? $body
+            #[cfg(target_arch = "x86_64")]
+            if $crate::machine::lanes::wide() {
+                #[target_feature(enable = "avx2,fma,bmi2,lzcnt,popcnt")]
+                fn fast($($arg: $t),*) $(-> $r)? {
+                    body($($arg),*)
+                }
+                // SAFETY: `wide` says that the host has these features.
+                return unsafe { fast($($arg),*) };
+            }
+            body($($arg),*)
         }
-    }
+    )*};
 }
 
 /// Makes an [`AluFn`] from a scalar expression: `alu!(f32; a: f32, b: f32; a + b)`.
@@ -149,9 +254,10 @@ macro_rules! alu {
         $crate::alu!($r; $a: $at, $b: $bt, _c: u32; $e)
     };
     ($r:ty; $a:ident: $at:ty, $b:ident: $bt:ty, $c:ident: $ct:ty; $e:expr) => {{
-        use $crate::machine::lanes::{Lane, Lanes, WARP, store_masked};
+        use $crate::machine::lanes::{Lane, Lanes, WARP};
         #[inline(always)]
-        unsafe fn body(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes, mask: u32) {
+        unsafe fn body(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes) -> bool {
+            // `d` may be an operand: all lanes are computed before the first is written.
             let mut out = [<$r as Lane>::Word::default(); WARP];
             for (i, slot) in out.iter_mut().enumerate() {
                 // SAFETY: the caller of an AluFn gives registers of the right width.
@@ -159,26 +265,21 @@ macro_rules! alu {
                 let value: $r = $e;
                 *slot = value.word();
             }
-            let d = d.cast::<<$r as Lane>::Word>();
-            if mask == !0 {
-                // SAFETY: as above.
-                unsafe { d.cast::<[<$r as Lane>::Word; WARP]>().write(out) };
-            } else {
-                // SAFETY: as above.
-                unsafe { store_masked(d, &out, mask) };
-            }
+            // SAFETY: as above.
+            unsafe { d.cast::<[<$r as Lane>::Word; WARP]>().write(out) };
+            size_of::<<$r as Lane>::Word>() == 8
         }
         // For hosts without AVX2: rarely run, so compiled for size.
         #[cold]
-        unsafe fn plain(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes, mask: u32) {
+        unsafe fn plain(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes) -> bool {
             // SAFETY: same contract.
-            unsafe { body(d, a, b, c, mask) }
+            unsafe { body(d, a, b, c) }
         }
         #[cfg(target_arch = "x86_64")]
         #[target_feature(enable = "avx2,fma,bmi2,lzcnt,popcnt")]
-        unsafe fn fast(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes, mask: u32) {
+        unsafe fn fast(d: *mut Lanes, a: *const Lanes, b: *const Lanes, c: *const Lanes) -> bool {
             // SAFETY: same contract.
-            unsafe { body(d, a, b, c, mask) }
+            unsafe { body(d, a, b, c) }
         }
         #[cfg(not(target_arch = "x86_64"))]
         use plain as fast;

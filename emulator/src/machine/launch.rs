@@ -163,8 +163,8 @@ impl<'l> Launch<'l> {
             }
         };
         let worker = || {
-            let mut spare: Vec<Block> = Vec::new();
-            let mut running: VecDeque<(u64, Block)> = VecDeque::new();
+            let mut spare: Vec<Box<Block>> = Vec::new();
+            let mut running: VecDeque<(u64, Box<Block>)> = VecDeque::new();
             let mut counters = Counters::default();
             let mut findings = Vec::new();
             loop {
@@ -175,7 +175,7 @@ impl<'l> Launch<'l> {
                     u64::MAX
                 };
                 let (at, mut block) = if fresh < count && fresh <= failed.load(Ordering::Relaxed) {
-                    let mut block = spare.pop().unwrap_or_else(|| Block::new(self));
+                    let mut block = spare.pop().unwrap_or_else(|| Box::new(Block::new(self)));
                     block.start(order(fresh));
                     (fresh, block)
                 } else if let Some(oldest) = running.pop_front() {

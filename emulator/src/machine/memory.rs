@@ -103,6 +103,18 @@ impl Allocation {
         valid[offset >> 3].load(Ordering::Relaxed) & wanted == wanted
     }
 
+    /// Whether a range was all written; false if it is not cheaply known.
+    pub fn is_valid_range(&self, offset: usize, len: usize) -> bool {
+        if self.all_valid.load(Ordering::Relaxed) {
+            return true;
+        }
+        let Some(valid) = &self.valid else {
+            return true;
+        };
+        let bytes = &valid[offset >> 3..(offset + len).div_ceil(8)];
+        bytes.iter().all(|b| b.load(Ordering::Relaxed) == 0xff)
+    }
+
     /// Notes that `size` bytes (as for [`Allocation::is_valid`]) were written.
     #[inline]
     pub fn set_valid(&self, offset: usize, size: usize) {

@@ -10,6 +10,7 @@ use super::lanes::WARP;
 use super::num;
 use super::warp::Warp;
 use crate::config::MmaRounding;
+use crate::widened;
 
 const M: usize = 16;
 const N: usize = 8;
@@ -23,50 +24,67 @@ fn width(e: Element) -> usize {
     }
 }
 
-fn decode(e: Element, bits: u32) -> f64 {
+/// The elements of a register, lane by lane.
+#[inline(always)]
+fn decode(e: Element, register: &[u32; WARP]) -> [f64; 4 * WARP] {
     match e {
-        Element::F16 => num::f16_to_f32(bits as u16) as f64,
-        Element::Bf16 => num::bf16_to_f32(bits as u16) as f64,
+        Element::F16 => elements::<2>(register, |x| num::f16_to_f32(x as u16) as f64),
+        Element::Bf16 => elements::<2>(register, |x| num::bf16_to_f32(x as u16) as f64),
         // The low 13 bits are not read.
-        Element::Tf32 => f32::from_bits(bits & !0x1fff) as f64,
-        Element::E4m3 => num::E4M3.decode(bits & 0xff),
-        Element::E5m2 => num::E5M2.decode(bits & 0xff),
-        Element::S8 => bits as u8 as i8 as f64,
-        Element::U8 => bits as u8 as f64,
+        Element::Tf32 => elements::<1>(register, |x| f32::from_bits(x & !0x1fff) as f64),
+        Element::E4m3 => elements::<4>(register, |x| num::E4M3.decode(x & 0xff)),
+        Element::E5m2 => elements::<4>(register, |x| num::E5M2.decode(x & 0xff)),
+        Element::S8 => elements::<4>(register, |x| x as u8 as i8 as f64),
+        Element::U8 => elements::<4>(register, |x| x as u8 as f64),
     }
 }
 
+#[inline(always)]
+fn elements<const PER: usize>(
+    register: &[u32; WARP],
+    decode: impl Fn(u32) -> f64,
+) -> [f64; 4 * WARP] {
+    let mut out = [0.0; 4 * WARP];
+    for (lane, word) in register.iter().enumerate() {
+        for j in 0..PER {
+            out[PER * lane + j] = decode(word >> (32 / PER * j));
+        }
+    }
+    out
+}
+
+/// A bit for each four lanes of which one is poisoned: those of a row of A or a column of B.
+fn by_four(poison: u32) -> u32 {
+    (0..8).fold(0, |m, g| m | ((poison >> (4 * g) & 15 != 0) as u32) << g)
+}
+
+widened! {
 /// D = A B + C.
 pub(super) fn multiply(warp: &mut Warp, op: &MmaOp, base: usize, rounding: MmaRounding) {
     let k = op.k as usize;
     let bits = width(op.a_type);
-    let per = 32 / bits;
+    // Four lanes hold as many columns of A, or rows of B, side by side.
+    let run = 4 * 32 / bits;
     let mut a = [[0f64; K]; M];
     // Row-major in k so that the inner loop runs over the columns of D.
     let mut b = [[0f64; N]; K];
     let (mut a_poison, mut b_poison) = (0u32, 0u32);
     for (i, slot) in op.a.iter().enumerate() {
         let at = base + *slot as usize;
-        let poison = warp.poison[at];
-        for lane in 0..WARP {
-            let (g, t) = (lane / 4, lane % 4);
-            let row = g + 8 * (i % 2);
-            a_poison |= (poison >> lane & 1) << row;
-            for j in 0..per {
-                let column = per * t + j + 4 * per * (i / 2);
-                a[row][column] = decode(op.a_type, warp.regs[at].0[lane] >> (bits * j));
-            }
+        let (first, column) = (8 * (i % 2), run * (i / 2));
+        a_poison |= by_four(warp.poison[at]) << first;
+        let values = decode(op.a_type, &warp.regs[at].0);
+        for (g, values) in values.chunks_exact(run).take(8).enumerate() {
+            a[first + g][column..column + run].copy_from_slice(values);
         }
     }
     for (i, slot) in op.b.iter().enumerate() {
         let at = base + *slot as usize;
-        let poison = warp.poison[at];
-        for lane in 0..WARP {
-            let (g, t) = (lane / 4, lane % 4);
-            b_poison |= (poison >> lane & 1) << g;
-            for j in 0..per {
-                let row = per * t + j + 4 * per * i;
-                b[row][g] = decode(op.b_type, warp.regs[at].0[lane] >> (bits * j));
+        b_poison |= by_four(warp.poison[at]);
+        let values = decode(op.b_type, &warp.regs[at].0);
+        for (g, values) in values.chunks_exact(run).take(8).enumerate() {
+            for (row, value) in b[run * i..].iter_mut().zip(values) {
+                row[g] = *value;
             }
         }
     }
@@ -125,8 +143,10 @@ pub(super) fn multiply(warp: &mut Warp, op: &MmaOp, base: usize, rounding: MmaRo
         warp.poison[at] |= (bad & 1) << lane;
     });
 }
+}
 
 /// Visits every element of C or D: register, lane, half, row, column.
+#[inline(always)]
 fn each(half: bool, mut f: impl FnMut(usize, usize, usize, usize, usize)) {
     for lane in 0..WARP {
         let (g, t) = (lane / 4, lane % 4);
@@ -141,6 +161,7 @@ fn each(half: bool, mut f: impl FnMut(usize, usize, usize, usize, usize)) {
     }
 }
 
+#[inline(always)]
 fn accumulate(d: &mut [[f64; N]; M], a: &[[f64; K]; M], b: &[[f64; N]; K], from: usize, to: usize) {
     for (row, sums) in d.iter_mut().enumerate() {
         let mut s = *sums;

@@ -10,6 +10,7 @@ mod exchange;
 mod execute;
 pub mod lanes;
 pub mod launch;
+mod local;
 pub mod memory;
 mod mma;
 pub mod num;

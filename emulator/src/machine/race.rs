@@ -159,9 +159,39 @@ impl SharedRaces {
     ) -> Option<Conflict> {
         let mut found = None;
         for at in offset / 2..(offset + size).div_ceil(2) {
+            if touch == Touch::Read && self.read(at, warp, lane, pc) {
+                continue;
+            }
             found = found.or(self.cell(at, warp, lane, pc, touch));
         }
         found
+    }
+
+    /// Records a plain load that is ordered after the last write, of a cell that was not read
+    /// since, or at this load's stamp. False, with nothing done, for all others.
+    #[inline(always)]
+    fn read(&mut self, at: usize, warp: usize, lane: u32, pc: u32) -> bool {
+        let (floor, stamp, bit) = (self.floor, self.own[warp], 1 << warp);
+        let cell = &mut self.cells[at];
+        let writer = cell.write_warp as usize;
+        let ordered = cell.write_stamp <= floor
+            || !cell.in_flight
+                && if writer == warp {
+                    cell.write_stamp < stamp || cell.write_lane as u32 == lane
+                } else {
+                    self.clocks[warp * self.warps + writer] >= cell.write_stamp
+                };
+        let first = cell.readers == 0 || cell.read_stamp <= floor;
+        if !ordered || !first && (cell.read_stamp != stamp || cell.mixed) {
+            return false;
+        }
+        let again = cell.readers == bit && cell.read_lane as u32 == lane;
+        cell.readers = if first { bit } else { cell.readers | bit };
+        cell.read_lane = if first || again { lane as u8 } else { MANY };
+        cell.read_stamp = stamp;
+        cell.read_pc = pc;
+        cell.mixed = false;
+        true
     }
 
     fn cell(
@@ -225,7 +255,10 @@ impl SharedRaces {
                 if first && cell.mixed {
                     next.mixed = false;
                 }
-                if let Some(stamps) = self.mixed.get_mut(&(at as u32)) {
+                if !first
+                    && cell.mixed
+                    && let Some(stamps) = self.mixed.get_mut(&(at as u32))
+                {
                     stamps[warp] = stamp;
                 }
             } else {
@@ -360,6 +393,28 @@ impl GlobalShadow {
                 .for_each(|c| c.store(0, Ordering::Relaxed));
             self.launch.store(launch, Ordering::Release);
         }
+    }
+
+    /// Records a plain access by a block to cells that no other block wrote or, if it writes, read.
+    /// False if it comes to others: then [`GlobalShadow::access`] must look at the access.
+    #[inline(always)]
+    pub fn alone(&self, offset: usize, size: usize, block: u32, writes: bool) -> bool {
+        let me = block + 1;
+        for cell in &self.cells[offset / 4..(offset + size).div_ceil(4)] {
+            let old = cell.load(Ordering::Relaxed);
+            let (writer, reader) = (old as u32, (old >> 32) as u32);
+            let new = match reader {
+                _ if writer != 0 && writer != me => return false,
+                r if writes && (r == 0 || r == me) => me as u64,
+                r if !writes && (r == 0 || r == me) => writer as u64 | (me as u64) << 32,
+                SEVERAL if !writes => old,
+                _ => return false,
+            };
+            if new != old {
+                cell.store(new, Ordering::Relaxed);
+            }
+        }
+        true
     }
 
     /// Records a plain access by a block. `knows` tells whether another block's accesses are

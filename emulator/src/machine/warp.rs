@@ -3,7 +3,9 @@
 use super::block::Context;
 use super::calls::Frame;
 use super::code::*;
-use super::lanes::{Lanes, WARP, get_lane, set_lane};
+use super::execute::lanes;
+use super::lanes::{Lanes, WARP, get_lane, masked, set_lane, wide_lanes_mut};
+use super::local::Local;
 use crate::config::Schedule;
 use crate::report::{Finding, Kind};
 
@@ -90,9 +92,7 @@ pub struct Warp {
     pub(super) poison: Vec<u32>,
     pub(super) preds: Vec<u32>,
     pub(super) pred_poison: Vec<u32>,
-    /// Local memory of each lane, and a bit a byte for what was written.
-    pub(super) local: Vec<Vec<u8>>,
-    pub(super) local_valid: Vec<Vec<u8>>,
+    pub(super) local: Local,
     pub(super) copies: Vec<Copy>,
     pub(super) commits: [u32; WARP],
     impatience: u32,
@@ -120,8 +120,7 @@ impl Warp {
             poison: Vec::new(),
             preds: Vec::new(),
             pred_poison: Vec::new(),
-            local: vec![Vec::new(); WARP],
-            local_valid: vec![Vec::new(); WARP],
+            local: Local::default(),
             copies: Vec::new(),
             commits: [0; WARP],
             impatience: 0,
@@ -148,8 +147,7 @@ impl Warp {
             self.preds.clear();
             self.pred_poison.clear();
         }
-        self.local.iter_mut().for_each(Vec::clear);
-        self.local_valid.iter_mut().for_each(Vec::clear);
+        self.local.clear();
         let frame = self.push_frame(ctx, 0, None, 0, keep);
         self.groups.push(Group {
             pc: ctx.launch.kernel.functions[0].entry,
@@ -174,6 +172,15 @@ impl Warp {
     #[inline(always)]
     pub(super) fn get(&self, at: usize, lane: usize, wide: bool) -> u64 {
         get_lane(&self.regs, at, lane, wide)
+    }
+
+    /// Writes the same bits to all lanes of a mask.
+    pub(super) fn fill(&mut self, at: usize, mask: u32, wide: bool, bits: u64) {
+        match (mask, wide) {
+            (u32::MAX, false) => self.regs[at] = Lanes([bits as u32; WARP]),
+            (u32::MAX, true) => *wide_lanes_mut(&mut self.regs, at) = [bits; WARP],
+            _ => lanes(mask).for_each(|lane| self.set(at, lane, wide, bits)),
+        }
     }
 
     #[inline(always)]
@@ -289,7 +296,12 @@ impl Warp {
                 let active = (self.preds[guard] ^ instr.negate) & mask;
                 if counting {
                     let class = instr.class as usize;
-                    let n = active.count_ones() as u64;
+                    // Not all hosts count bits in one instruction.
+                    let n = if active == !0 {
+                        32
+                    } else {
+                        active.count_ones() as u64
+                    };
                     ctx.counters.warp_instructions[class] += (n != 0) as u64;
                     ctx.counters.thread_instructions[class] += n;
                     ctx.counters.flops += instr.flops as u64 * n;
@@ -315,7 +327,15 @@ impl Warp {
                         let regs = self.regs.as_mut_ptr();
                         // SAFETY: the decoder numbers registers within the frame, two for wide
                         // ones, and gives each function registers of the widths it works on.
-                        unsafe { f(regs.add(d), regs.add(a), regs.add(b), regs.add(c), active) };
+                        unsafe {
+                            let (d, a) = (regs.add(d), regs.add(a));
+                            let (b, c) = (regs.add(b), regs.add(c));
+                            if active == !0 {
+                                f(d, a, b, c);
+                            } else {
+                                masked(*f, d, a, b, c, active);
+                            }
+                        }
                         pc += 1;
                     }
                     Op::Cmp {
@@ -354,7 +374,9 @@ impl Warp {
                     Op::Exit => {
                         self.exited |= active;
                         self.abandon_copies(active);
-                        if active == mask {
+                        if alone && active == mask {
+                            self.groups.clear();
+                        } else if active == mask {
                             self.groups.remove(at);
                         } else {
                             self.groups[at].mask = mask & !active;

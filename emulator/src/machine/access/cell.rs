@@ -75,25 +75,6 @@ pub(super) fn of_slice(bytes: &[u8], at: usize, size: u8) -> u64 {
     u64::from_le_bytes(word)
 }
 
-/// Whether the bits of `size` bytes are all set.
-#[inline(always)]
-pub(super) fn bits_of(bytes: &[u8], at: usize, size: usize) -> bool {
-    (at..at + size).all(|i| bytes[i / 8] >> (i % 8) & 1 == 1)
-}
-
-/// Sets or clears the bits of `size` bytes.
-#[inline(always)]
-pub(super) fn set_bits(bytes: &mut [u8], at: usize, size: usize, value: bool) {
-    for i in at..at + size {
-        let bit = 1 << (i % 8);
-        if value {
-            bytes[i / 8] |= bit;
-        } else {
-            bytes[i / 8] &= !bit;
-        }
-    }
-}
-
 /// What a register of 64 bits gets of a loaded element.
 #[inline(always)]
 pub(super) fn extended(v: u64, size: u8, extend: Extend) -> u64 {

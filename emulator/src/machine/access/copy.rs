@@ -1,6 +1,6 @@
 //! Asynchronous copies from device to shared memory.
 
-use super::{Result, cell};
+use super::{Places, Result, cell};
 use crate::config::CopyAsync;
 use crate::machine::block::Context;
 use crate::machine::code::*;
@@ -76,10 +76,8 @@ impl Warp {
             }
             self.copies.push(copy);
         }
-        if ctx.launch.config.counters {
-            ctx.count_global(from, read, size as u64, false);
-            ctx.count_shared(to, active, size as u64);
-        }
+        ctx.count_global(&Places::new(from, read, size as u64), false);
+        ctx.count_shared(&Places::new(to, active, size as u64));
         Ok(())
     }
 

@@ -3,16 +3,20 @@
 mod atomic;
 mod cell;
 mod copy;
+mod places;
 mod plain;
 
 use super::block::Context;
 use super::code::*;
 use super::execute::{lanes, space_of};
-use super::lanes::WARP;
+use super::lanes::{WARP, wide_lanes};
 use super::memory::{AccessError, Allocation};
 use super::warp::{Bases, Warp};
 use crate::ptx::ast::Space;
 use crate::report::{Finding, Kind};
+use crate::widened;
+pub(super) use places::Places;
+use plain::Transfer;
 
 type Result<T, E = Box<Finding>> = std::result::Result<T, E>;
 
@@ -46,51 +50,50 @@ impl Warp {
                     let bits = cell::of_slice(ctx.launch.params, at, *size);
                     let bits = cell::extended(bits, *size, *extend);
                     let d = bases.regs + *slot as usize;
-                    lanes(active).for_each(|lane| self.set(d, lane, *wide, bits));
+                    self.fill(d, active, *wide, bits);
                     self.set_poison(d, active, 0);
                 }
                 Ok(())
             }
             Op::Load {
-                addr, size, count, ..
+                addr,
+                size,
+                count,
+                dst,
+                extend,
+                wide,
+                strong,
             } => {
-                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
-                let total = *size as u64 * *count as u64;
-                self.check_aligned(ctx, instr, &at, active, total)?;
-                for (space, mask) in split(addr.space, &mut at, active) {
-                    self.load(ctx, instr, op, space, &at, mask, bases, pc)?;
-                }
-                Ok(())
+                let transfer = Transfer {
+                    store: false,
+                    slots: &dst[..*count as usize],
+                    size: *size,
+                    extend: *extend,
+                    wide: *wide,
+                    strong: *strong,
+                };
+                self.transfer(ctx, instr, addr, &transfer, active, bases, pc)
             }
             Op::Store {
                 addr,
                 size,
                 count,
                 src,
-                ..
+                strong,
             } => {
-                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
-                let total = *size as u64 * *count as u64;
-                self.check_aligned(ctx, instr, &at, active, total)?;
-                for (space, mask) in split(addr.space, &mut at, active) {
-                    // Local memory may hold poison (spilled registers); device memory may not.
-                    if space == Space::Global {
-                        for s in &src[..*count as usize] {
-                            let poison = self.poison[bases.regs + *s as usize] & mask;
-                            ctx.check_poison(
-                                self,
-                                instr,
-                                poison,
-                                "a value stored to device memory",
-                            )?;
-                        }
-                    }
-                    self.store(ctx, instr, op, space, &at, mask, bases, pc)?;
-                }
-                Ok(())
+                let transfer = Transfer {
+                    store: true,
+                    slots: &src[..*count as usize],
+                    size: *size,
+                    extend: Extend::Zero,
+                    wide: *size == 8,
+                    strong: *strong,
+                };
+                self.transfer(ctx, instr, addr, &transfer, active, bases, pc)
             }
             Op::Atom { addr, ty, .. } => {
-                let mut at = self.addresses(ctx, instr, addr, active, bases)?;
+                let mut at = [0; WARP];
+                self.addresses(ctx, instr, addr, active, bases, &mut at)?;
                 self.check_aligned(ctx, instr, &at, active, ty.size() as u64)?;
                 for (space, mask) in split(addr.space, &mut at, active) {
                     self.atom(ctx, instr, op, space, &at, mask, bases, pc)?;
@@ -104,10 +107,12 @@ impl Warp {
                 bytes,
                 ignore,
             } => {
-                let to = self.addresses(ctx, instr, to, active, bases)?;
-                let from = self.addresses(ctx, instr, from, active, bases)?;
+                let mut at = [[0; WARP]; 2];
+                self.addresses(ctx, instr, to, active, bases, &mut at[0])?;
+                self.addresses(ctx, instr, from, active, bases, &mut at[1])?;
+                let [to, from] = &at;
                 self.copy_async(
-                    ctx, instr, &to, &from, *size, *bytes, *ignore, active, bases, pc,
+                    ctx, instr, to, from, *size, *bytes, *ignore, active, bases, pc,
                 )
             }
             Op::CopyCommit => {
@@ -119,32 +124,27 @@ impl Warp {
         }
     }
 
-    /// Addresses of the active lanes.
+    /// Addresses of all lanes; those of the active ones must be defined.
+    #[inline(always)]
     pub(in crate::machine) fn addresses(
         &self,
-        ctx: &mut Context,
+        ctx: &Context,
         instr: &Instr,
         addr: &Addr,
         active: u32,
         bases: Bases,
-    ) -> Result<[u64; WARP]> {
+        out: &mut [u64; WARP],
+    ) -> Result<()> {
         let slot = bases.regs + addr.slot as usize;
-        if self.poison[slot] & active != 0 {
-            ctx.check_poison(self, instr, self.poison[slot] & active, "an address")?;
-        }
-        let mut out = [0u64; WARP];
         if addr.wide {
-            for (lane, o) in out.iter_mut().enumerate() {
-                *o = self.get(slot, lane, true).wrapping_add(addr.offset as u64);
-            }
+            add_wide(wide_lanes(&self.regs, slot), addr.offset as u64, out);
         } else {
-            for (lane, o) in out.iter_mut().enumerate() {
-                *o = self.regs[slot].0[lane].wrapping_add(addr.offset as u32) as u64;
-            }
+            add(&self.regs[slot].0, addr.offset as u32, out);
         }
-        Ok(out)
+        ctx.check_poison(self, instr, self.poison[slot] & active, "an address")
     }
 
+    #[inline(always)]
     fn check_aligned(
         &self,
         ctx: &Context,
@@ -153,20 +153,27 @@ impl Warp {
         active: u32,
         size: u64,
     ) -> Result<()> {
-        let mut low = 0;
-        for (lane, a) in at.iter().enumerate() {
-            low |= a & (size - 1) & 0u64.wrapping_sub((active >> lane & 1) as u64);
-        }
-        if low == 0 {
+        // Lanes that are off may hold anything: then it is looked at more closely.
+        if union(at) & (size - 1) == 0 {
             return Ok(());
         }
         match lanes(active).find(|&lane| at[lane] & (size - 1) != 0) {
             None => Ok(()),
-            Some(lane) => {
-                let message = format!("misaligned access of {size} bytes at {:#x}", at[lane]);
-                Err(ctx.fault(self, instr, Kind::Misaligned, lane as u32, message))
-            }
+            Some(lane) => Err(self.misaligned(ctx, instr, lane, at[lane], size)),
         }
+    }
+
+    #[cold]
+    fn misaligned(
+        &self,
+        ctx: &Context,
+        instr: &Instr,
+        lane: usize,
+        address: u64,
+        size: u64,
+    ) -> Box<Finding> {
+        let message = format!("misaligned access of {size} bytes at {address:#x}");
+        ctx.fault(self, instr, Kind::Misaligned, lane as u32, message)
     }
 
     fn bad_global(
@@ -268,6 +275,25 @@ impl Warp {
     }
 }
 
+widened! {
+    fn add_wide(base: &[u64; WARP], offset: u64, out: &mut [u64; WARP]) {
+        for (o, b) in out.iter_mut().zip(base) {
+            *o = b.wrapping_add(offset);
+        }
+    }
+
+    fn add(base: &[u32; WARP], offset: u32, out: &mut [u64; WARP]) {
+        for (o, b) in out.iter_mut().zip(base) {
+            *o = b.wrapping_add(offset) as u64;
+        }
+    }
+
+    /// The bits that any lane has.
+    fn union(at: &[u64; WARP]) -> u64 {
+        at.iter().fold(0, |all, a| all | a)
+    }
+}
+
 /// The lanes of each space; generic addresses are told apart by their window, and become
 /// offsets within it.
 fn split(
@@ -281,7 +307,11 @@ fn split(
         (Space::Local, 0),
         (Space::Param, 0),
     ];
-    if space == Space::Generic {
+    // All windows lie below this, allocations never.
+    let end = PARAM_WINDOW + WINDOW;
+    if space == Space::Generic && active == !0 && at.iter().all(|a| *a >= end) {
+        out[0] = (Space::Global, active);
+    } else if space == Space::Generic {
         for lane in lanes(active) {
             let space = space_of(at[lane]);
             if space != Space::Global {
