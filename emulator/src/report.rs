@@ -210,6 +210,8 @@ pub struct LaunchReport {
     pub block: [u32; 3],
     /// Shared memory of a block in bytes, static and dynamic.
     pub shared: u32,
+    /// Whether the launch of a graph ran it.
+    pub graph: bool,
     /// What the checks found; a launch stops at the first that is not a race.
     pub findings: Vec<Finding>,
     /// What was counted.
@@ -245,7 +247,7 @@ impl LaunchReport {
             .map(|(n, _)| n)
             .collect();
         format!(
-            "kernel,grid,block,shared,{},sector_use,findings",
+            "kernel,grid,block,shared,graph,{},sector_use,findings",
             names.join(",")
         )
     }
@@ -260,11 +262,12 @@ impl LaunchReport {
             .map(|(_, v)| v.to_string())
             .collect();
         format!(
-            "{},{},{},{},{},{:.4},{}",
+            "{},{},{},{},{},{},{:.4},{}",
             self.kernel,
             join(self.grid),
             join(self.block),
             self.shared,
+            self.graph,
             values.join(","),
             self.counters.sector_use(),
             self.findings.len()

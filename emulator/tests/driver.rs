@@ -2,23 +2,12 @@
 
 mod common;
 
-use common::BASIC;
+use common::{BASIC, turn};
 use cuda_emulator::{Checks, Config, Kind, install};
-use cudarc::driver::sys::CUresult;
+use cudarc::driver::sys::*;
 use cudarc::driver::{CudaContext, LaunchConfig, PushKernelArg};
 use cudarc::nvrtc::Ptx;
-use std::sync::{Mutex, MutexGuard};
-
-/// The driver is one for the process: its tests take turns.
-fn turn() -> MutexGuard<'static, ()> {
-    static TURN: Mutex<()> = Mutex::new(());
-    let guard = TURN.lock().unwrap_or_else(|p| p.into_inner());
-    let emulator = install().unwrap();
-    emulator.recover().unwrap();
-    emulator.configure(&Config::default()).unwrap();
-    emulator.reports().unwrap();
-    guard
-}
+use std::ffi::{CString, c_void};
 
 #[test]
 fn cudarc_copies_launches_and_reads_back() {
@@ -101,6 +90,8 @@ fn events_streams_and_memory() {
 fn a_captured_graph_replays() {
     let _turn = turn();
     let context = CudaContext::new(0).unwrap();
+    // SAFETY: one stream uses all memory. Events from before a capture must not be waited for in it.
+    unsafe { context.disable_event_tracking() };
     let stream = context.new_stream().unwrap();
     let module = context.load_module(Ptx::from_src(BASIC)).unwrap();
     let saxpy = module.load_function("saxpy").unwrap();
@@ -122,6 +113,216 @@ fn a_captured_graph_replays() {
         graph.launch().unwrap();
     }
     assert_eq!(stream.clone_dtoh(&y).unwrap(), [3f32; 64]);
+    let mut launch = stream.launch_builder(&saxpy);
+    launch.arg(&count).arg(&a).arg(&x).arg(&mut y);
+    // SAFETY: as above.
+    unsafe { launch.launch(LaunchConfig::for_num_elems(64)) }.unwrap();
+    let reports = install().unwrap().reports().unwrap();
+    let graphs: Vec<_> = reports.iter().map(|r| r.graph).collect();
+    assert_eq!(graphs, [true, true, true, false]);
+}
+
+#[test]
+fn a_thread_without_a_context_is_refused() {
+    let _turn = turn();
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let event = context.new_event(None).unwrap();
+    let mut module = std::ptr::null_mut();
+    let mut saxpy = std::ptr::null_mut();
+    let image = CString::new(BASIC).unwrap();
+    let mut memory = 0;
+    // SAFETY: all pointers are valid.
+    unsafe {
+        cuModuleLoadData(&mut module, image.as_ptr().cast())
+            .result()
+            .unwrap();
+        cuModuleGetFunction(&mut saxpy, module, c"saxpy".as_ptr())
+            .result()
+            .unwrap();
+        cuMemAlloc_v2(&mut memory, 64).result().unwrap();
+    }
+    let (stream, event) = (stream.cu_stream() as usize, event.cu_event() as usize);
+    let (module, saxpy) = (module as usize, saxpy as usize);
+    // What each call gives on this thread, which may have a context or not.
+    let calls = move || {
+        let (stream, event) = (stream as CUstream, event as CUevent);
+        let (module, saxpy) = (module as CUmodule, saxpy as CUfunction);
+        let legacy = std::ptr::null_mut();
+        let (mut at, mut number, mut byte) = (0, 0, 1u8);
+        let [mut a, mut b, mut c, mut d, mut e] = [std::ptr::null_mut::<c_void>(); 5];
+        let (count, factor) = (0i32, 0f32);
+        let mut params: [*mut c_void; 4] = [
+            (&raw const count).cast_mut().cast(),
+            (&raw const factor).cast_mut().cast(),
+            (&raw const memory).cast_mut().cast(),
+            (&raw const memory).cast_mut().cast(),
+        ];
+        let byte: *mut c_void = (&raw mut byte).cast();
+        // SAFETY: all pointers are valid; the kernel, of no elements, touches no memory.
+        unsafe {
+            [
+                ("cuMemAlloc", cuMemAlloc_v2(&mut at, 64)),
+                ("cuMemAllocAsync", cuMemAllocAsync(&mut at, 64, legacy)),
+                ("cuMemFreeAsync", cuMemFreeAsync(at, legacy)),
+                ("cuMemFree", cuMemFree_v2(0)),
+                ("cuMemHostAlloc", cuMemHostAlloc(&mut a, 64, 0)),
+                ("cuMemcpyHtoD", cuMemcpyHtoD_v2(memory, byte, 1)),
+                ("cuMemcpyDtoH", cuMemcpyDtoH_v2(byte, memory, 1)),
+                (
+                    "cuMemcpyHtoDAsync",
+                    cuMemcpyHtoDAsync_v2(memory, byte, 1, stream),
+                ),
+                ("cuMemsetD8", cuMemsetD8_v2(memory, 1, 1)),
+                ("cuMemsetD8Async", cuMemsetD8Async(memory, 1, 1, stream)),
+                (
+                    "cuModuleLoadData",
+                    cuModuleLoadData((&raw mut b).cast(), image.as_ptr().cast()),
+                ),
+                (
+                    "cuModuleGetFunction",
+                    cuModuleGetFunction((&raw mut b).cast(), module, c"saxpy".as_ptr()),
+                ),
+                (
+                    "cuFuncGetAttribute",
+                    cuFuncGetAttribute(
+                        &mut number,
+                        CUfunction_attribute::CU_FUNC_ATTRIBUTE_NUM_REGS,
+                        saxpy,
+                    ),
+                ),
+                (
+                    "cuLaunchKernel",
+                    cuLaunchKernel(
+                        saxpy,
+                        1,
+                        1,
+                        1,
+                        32,
+                        1,
+                        1,
+                        0,
+                        stream,
+                        params.as_mut_ptr(),
+                        std::ptr::null_mut(),
+                    ),
+                ),
+                ("cuStreamCreate", cuStreamCreate((&raw mut c).cast(), 0)),
+                ("cuStreamSynchronize", cuStreamSynchronize(stream)),
+                ("cuStreamQuery", cuStreamQuery(stream)),
+                ("cuEventCreate", cuEventCreate((&raw mut d).cast(), 0)),
+                ("cuEventRecord", cuEventRecord(event, stream)),
+                ("cuStreamWaitEvent", cuStreamWaitEvent(stream, event, 0)),
+                ("cuGraphCreate", cuGraphCreate((&raw mut e).cast(), 0)),
+                ("cuCtxSynchronize", cuCtxSynchronize()),
+                ("cuCtxGetDevice", cuCtxGetDevice(&mut number)),
+            ]
+        }
+    };
+    for (name, code) in calls.clone()() {
+        assert_eq!(code, CUresult::CUDA_SUCCESS, "{name}");
+    }
+    std::thread::scope(|scope| {
+        let context = &context;
+        scope.spawn(move || {
+            for (name, code) in calls() {
+                assert_eq!(code, CUresult::CUDA_ERROR_INVALID_CONTEXT, "{name}");
+            }
+            // A stream of one's own names its context.
+            let mut at = 0;
+            // SAFETY: the pointer and the stream are valid.
+            unsafe {
+                cuMemAllocAsync(&mut at, 64, stream as CUstream)
+                    .result()
+                    .unwrap();
+                cuMemFreeAsync(at, stream as CUstream).result().unwrap();
+            }
+            context.bind_to_thread().unwrap();
+            for (name, code) in calls() {
+                assert_eq!(code, CUresult::CUDA_SUCCESS, "{name}");
+            }
+        });
+    });
+    // SAFETY: nothing of the context is used after this; handles are looked up, not followed.
+    unsafe { cuDevicePrimaryCtxReset_v2(0) };
+}
+
+#[test]
+fn handles_belong_to_their_context() {
+    let _turn = turn();
+    let emulator = install().unwrap();
+    let context = CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let module = context.load_module(Ptx::from_src(BASIC)).unwrap();
+    let saxpy = module.load_function("saxpy").unwrap();
+    let x = stream.alloc_zeros::<f32>(64).unwrap();
+    let mut other = std::ptr::null_mut();
+    let (mut event, mut module) = (std::ptr::null_mut(), std::ptr::null_mut());
+    let mut at = 0;
+    let image = CString::new(BASIC).unwrap();
+    // SAFETY: all pointers and handles are valid.
+    unsafe {
+        cuCtxCreate_v2(&mut other, 0, 0).result().unwrap();
+        cuEventCreate(&mut event, 0).result().unwrap();
+        cuModuleLoadData(&mut module, image.as_ptr().cast())
+            .result()
+            .unwrap();
+        cuMemAlloc_v2(&mut at, 77).result().unwrap();
+        let mut found = std::ptr::null_mut();
+        cuModuleGetFunction(&mut found, module, c"saxpy".as_ptr())
+            .result()
+            .unwrap();
+        // Of the other context, on a stream of the first.
+        let code = cuLaunchKernel(
+            found,
+            1,
+            1,
+            1,
+            32,
+            1,
+            1,
+            0,
+            stream.cu_stream(),
+            std::ptr::null_mut(),
+            std::ptr::null_mut(),
+        );
+        assert_eq!(code, CUresult::CUDA_ERROR_INVALID_HANDLE);
+        let code = cuEventRecord(event, stream.cu_stream());
+        assert_eq!(code, CUresult::CUDA_ERROR_INVALID_HANDLE);
+        context.bind_to_thread().unwrap();
+        let code = cuModuleGetFunction(&mut found, module, c"saxpy".as_ptr());
+        assert_eq!(code, CUresult::CUDA_ERROR_INVALID_HANDLE);
+        assert_eq!(cuMemFree_v2(at), CUresult::CUDA_ERROR_INVALID_VALUE);
+    }
+    // A context that goes takes what is its own; whoever still has it current is told.
+    emulator.leaks().unwrap();
+    let (now, then) = std::sync::mpsc::channel::<()>();
+    let (ready, made) = std::sync::mpsc::channel();
+    let address = other as usize;
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            let mut at = 0;
+            // SAFETY: the pointer is valid.
+            unsafe {
+                cuCtxSetCurrent(address as CUcontext).result().unwrap();
+                ready.send(()).unwrap();
+                then.recv().unwrap();
+                let code = cuMemAlloc_v2(&mut at, 64);
+                assert_eq!(code, CUresult::CUDA_ERROR_CONTEXT_IS_DESTROYED);
+            }
+        });
+        made.recv().unwrap();
+        // SAFETY: handles are looked up, not followed.
+        unsafe { cuCtxDestroy_v2(other) }.result().unwrap();
+        now.send(()).unwrap();
+    });
+    assert_eq!(emulator.leaks().unwrap(), [(at, 77)]);
+    let (mut y, count, a) = (stream.alloc_zeros::<f32>(64).unwrap(), 64i32, 1f32);
+    let mut launch = stream.launch_builder(&saxpy);
+    launch.arg(&count).arg(&a).arg(&x).arg(&mut y);
+    // SAFETY: as in the first test.
+    unsafe { launch.launch(LaunchConfig::for_num_elems(64)) }.unwrap();
+    assert_eq!(stream.clone_dtoh(&y).unwrap(), [0f32; 64]);
 }
 
 #[test]

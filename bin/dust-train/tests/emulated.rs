@@ -11,6 +11,7 @@ use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use common::{any_tokenizer, generate, no_stops, open};
+use cuda_emulator::LaunchReport;
 use dust_kernels::adamw::AdamWConfig;
 use dust_kernels::grpo::{GrpoConfig, SequenceStats};
 use dust_kernels::{Backend, Cpu, Cuda, Device};
@@ -172,7 +173,12 @@ fn the_gpu_draws_and_learns_as_the_cpu() {
     let folder = tiny(dir.path());
     let (batch, old, gpu, again) = with_cuda(|cuda| {
         let model = load(cuda, &folder);
+        let emulator = cuda_emulator::install().unwrap();
+        emulator.reports().unwrap();
         let (batch, old) = rollout(cuda, &model);
+        let launches = emulator.reports().unwrap();
+        let decoded = |r: &LaunchReport| r.graph && r.kernel.starts_with("attention_decode");
+        assert!(launches.iter().any(decoded), "decoding replayed no graph");
         let (same, bits_again) = rollout(cuda, &model);
         assert_eq!(batch.tokens, same.tokens, "two rollouts differ");
         assert_eq!(bits(&old), bits(&bits_again), "two rollouts differ");

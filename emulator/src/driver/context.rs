@@ -1,36 +1,61 @@
 //! Contexts.
 
 use super::symbols::DRIVER_VERSION;
-use super::{CURRENT, CUresult, E, Handle, State, enter, lock, put, put_if, with};
+use super::{CURRENT, CUresult, Context, E, Handle, State, enter, lock, put, put_if, with, within};
+use std::collections::HashMap;
 use std::ffi::{c_int, c_uint};
 
 impl State {
+    fn add_context(&mut self) -> Handle {
+        let handle = self.handle();
+        let context = Context {
+            legacy: self.add_stream(handle, 0, 0, true),
+            per_thread: HashMap::new(),
+        };
+        self.contexts.insert(handle, context);
+        handle
+    }
+
+    /// Takes all that belongs to a context with it; memory that is left has leaked.
     fn destroy(&mut self, context: Handle) -> Result<(), E> {
-        let at = self
-            .contexts
-            .iter()
-            .position(|c| *c == context)
-            .ok_or(E::InvalidContext)?;
-        self.contexts.remove(at);
-        if !self.contexts.is_empty() {
-            return Ok(());
+        self.contexts.remove(&context).ok_or(E::InvalidContext)?;
+        let gone: Vec<Handle> = self
+            .streams
+            .values()
+            .filter(|s| s.context == context)
+            .filter_map(|s| s.capture)
+            .collect();
+        self.captures.retain(|id, _| !gone.contains(id));
+        self.streams.retain(|_, s| s.context != context);
+        for stream in self.streams.values_mut() {
+            stream.capture = stream.capture.filter(|id| !gone.contains(id));
         }
-        // The last one takes modules, streams and events with it; memory that is left has leaked.
-        for module in std::mem::take(&mut self.modules).into_values() {
+        self.events.retain(|_, e| e.context != context);
+        self.graphs.retain(|_, g| g.context != context);
+        self.executables.retain(|_, e| e.context != context);
+        let modules = self.modules.extract_if(|_, (c, _)| *c == context);
+        for (handle, (_, module)) in modules.collect::<Vec<_>>() {
+            self.functions.retain(|_, f| f.module != handle);
             self.device.unload(&module);
         }
-        self.functions.clear();
-        self.events.clear();
-        self.streams
-            .retain(|s, _| super::DEFAULT_STREAMS.contains(s));
-        let live: Vec<_> = self.device.memory().live().collect();
-        for (address, bytes) in live {
+        let sizes: HashMap<u64, u64> = self.device.memory().live().collect();
+        let mut left = Vec::new();
+        for (address, _) in self.allocations.iter().filter(|(_, c)| **c == context) {
+            left.push((*address, sizes.get(address).copied().unwrap_or(0)));
+        }
+        for (address, memory) in &self.graph_memory {
+            if memory.context == context && memory.live {
+                left.push((*address, memory.bytes as u64));
+            }
+        }
+        for (address, bytes) in left {
             if self.device.config.checks.leaks {
                 eprintln!("cuda-emulator: leak: {bytes} bytes at {address:#x} were never freed");
                 self.leaks.push((address, bytes));
             }
-            self.device.free(address);
+            self.free(address)?;
         }
+        self.sweep_graph_memory();
         // A kernel's error dies with its context.
         self.failed = None;
         Ok(())
@@ -48,8 +73,7 @@ pub unsafe extern "C" fn cuDevicePrimaryCtxRetain(context: *mut Handle, device: 
         let handle = match s.primary {
             Some(handle) => handle,
             None => {
-                let handle = s.handle();
-                s.contexts.push(handle);
+                let handle = s.add_context();
                 s.primary = Some(handle);
                 handle
             }
@@ -130,8 +154,7 @@ pub unsafe extern "C" fn cuCtxCreate_v2(
         if device != 0 {
             return Err(E::InvalidDevice);
         }
-        let handle = s.handle();
-        s.contexts.push(handle);
+        let handle = s.add_context();
         CURRENT.with_borrow_mut(|c| c.push(handle));
         // SAFETY: the caller's.
         unsafe { put(context, handle) }
@@ -142,12 +165,13 @@ pub unsafe extern "C" fn cuCtxCreate_v2(
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxDestroy_v2(context: Handle) -> CUresult {
     enter(|| {
+        lock().destroy(context)?;
         CURRENT.with_borrow_mut(|c| {
             if c.last() == Some(&context) {
                 c.pop();
             }
         });
-        lock().destroy(context)
+        Ok(())
     })
 }
 
@@ -155,7 +179,7 @@ pub extern "C" fn cuCtxDestroy_v2(context: Handle) -> CUresult {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxPushCurrent_v2(context: Handle) -> CUresult {
     enter(|| {
-        if !lock().contexts.contains(&context) {
+        if !lock().contexts.contains_key(&context) {
             return Err(E::InvalidContext);
         }
         CURRENT.with_borrow_mut(|c| c.push(context));
@@ -179,7 +203,7 @@ pub unsafe extern "C" fn cuCtxPopCurrent_v2(context: *mut Handle) -> CUresult {
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxSetCurrent(context: Handle) -> CUresult {
     enter(|| {
-        if context != 0 && !lock().contexts.contains(&context) {
+        if context != 0 && !lock().contexts.contains_key(&context) {
             return Err(E::InvalidContext);
         }
         CURRENT.with_borrow_mut(|c| {
@@ -206,7 +230,7 @@ pub unsafe extern "C" fn cuCtxGetCurrent(context: *mut Handle) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetDevice(device: *mut c_int) -> CUresult {
     // SAFETY: the caller's.
-    enter(|| unsafe { put(device, 0) })
+    within(|_, _| unsafe { put(device, 0) })
 }
 
 /// # Safety
@@ -222,13 +246,13 @@ pub unsafe extern "C" fn cuCtxGetApiVersion(_context: Handle, version: *mut c_ui
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetFlags(flags: *mut c_uint) -> CUresult {
     // SAFETY: the caller's.
-    enter(|| unsafe { put(flags, 0) })
+    within(|_, _| unsafe { put(flags, 0) })
 }
 
 /// Waits for all work: gives the error that a kernel left.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxSynchronize() -> CUresult {
-    with(|_| Ok(()))
+    within(|s, context| s.context_is_idle(context))
 }
 
 /// # Safety
@@ -238,7 +262,7 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
     least: *mut c_int,
     greatest: *mut c_int,
 ) -> CUresult {
-    enter(|| {
+    within(|_, _| {
         // SAFETY: the caller's.
         unsafe {
             put_if(least, 0);
@@ -251,7 +275,7 @@ pub unsafe extern "C" fn cuCtxGetStreamPriorityRange(
 /// Cache preferences change nothing here.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxSetCacheConfig(_config: c_uint) -> CUresult {
-    0
+    within(|_, _| Ok(()))
 }
 
 /// # Safety
@@ -259,13 +283,13 @@ pub extern "C" fn cuCtxSetCacheConfig(_config: c_uint) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetCacheConfig(config: *mut c_uint) -> CUresult {
     // SAFETY: the caller's.
-    with(|_| unsafe { put(config, 0) })
+    within(|_, _| unsafe { put(config, 0) })
 }
 
 /// Bank widths change nothing here.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxSetSharedMemConfig(_config: c_uint) -> CUresult {
-    0
+    within(|_, _| Ok(()))
 }
 
 /// # Safety
@@ -273,11 +297,11 @@ pub extern "C" fn cuCtxSetSharedMemConfig(_config: c_uint) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuCtxGetSharedMemConfig(config: *mut c_uint) -> CUresult {
     // SAFETY: the caller's.
-    with(|_| unsafe { put(config, 1) })
+    within(|_, _| unsafe { put(config, 1) })
 }
 
 /// Stack and heap limits change nothing here.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuCtxSetLimit(_limit: c_uint, _value: usize) -> CUresult {
-    0
+    within(|_, _| Ok(()))
 }

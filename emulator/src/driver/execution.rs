@@ -3,25 +3,44 @@
 use super::attributes::multiprocessors;
 use super::{
     CUdeviceptr, CUresult, E, Function, Handle, State, Work, enter, error, put, put_if, string,
-    with,
+    within,
 };
+use crate::device::Module;
 use crate::machine::code::Kernel;
 use crate::machine::launch::shared_limit;
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
 impl State {
-    fn load(&mut self, text: &str) -> Result<Handle, E> {
+    fn load(&mut self, context: Handle, text: &str) -> Result<Handle, E> {
+        self.unsafe_call("loading a module")?;
         let module = self
             .device
             .load(text)
             .map_err(|e| error::refuse(E::InvalidPtx, e))?;
         let handle = self.handle();
-        self.modules.insert(handle, module);
+        self.modules.insert(handle, (context, module));
         Ok(handle)
+    }
+
+    /// A module of the current context.
+    fn module(&self, context: Handle, module: Handle) -> Result<&Module, E> {
+        let of_context = self.modules.get(&module).filter(|(c, _)| *c == context);
+        of_context.map(|(_, m)| m).ok_or(E::InvalidHandle)
+    }
+
+    /// A function of the current context.
+    fn function(&mut self, context: Handle, function: Handle) -> Result<&mut Function, E> {
+        let found = self.functions.get_mut(&function).ok_or(E::InvalidHandle)?;
+        let of_context = self.modules.get(&found.module);
+        of_context
+            .filter(|(c, _)| *c == context)
+            .ok_or(E::InvalidHandle)?;
+        Ok(found)
     }
 
     fn launch(
         &mut self,
+        context: Handle,
         function: Handle,
         grid: [u32; 3],
         block: [u32; 3],
@@ -34,7 +53,12 @@ impl State {
             let why = "parameters through `extra` are not implemented: use kernelParams";
             return Err(error::refuse(E::NotSupported, why));
         }
-        let function = self.functions.get(&function).ok_or(E::InvalidHandle)?;
+        let stream = self.use_stream(stream)?;
+        if self.stream(stream)?.context != context {
+            let why = "a kernel is launched on a stream of another context than the current";
+            return Err(error::refuse(E::InvalidHandle, why));
+        }
+        let function = self.function(context, function)?;
         let kernel = function.kernel.clone();
         if shared > function.max_dynamic_shared {
             let why = format!(
@@ -77,7 +101,7 @@ impl State {
 /// As in CUDA: `module` is valid for writing, `image` is NUL-terminated PTX.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_void) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         if image.is_null() {
             return Err(E::InvalidValue);
         }
@@ -90,7 +114,7 @@ pub unsafe extern "C" fn cuModuleLoadData(module: *mut Handle, image: *const c_v
         // SAFETY: the caller's.
         let text = unsafe { string(image.cast()) }
             .map_err(|e| error::refuse(e, "the image is not PTX text"))?;
-        let handle = s.load(text)?;
+        let handle = s.load(context, text)?;
         // SAFETY: the caller's.
         unsafe { put(module, handle) }
     })
@@ -125,12 +149,12 @@ pub unsafe extern "C" fn cuModuleLoadFatBinary(
 /// As in CUDA: `module` is valid for writing, `path` is a string.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuModuleLoad(module: *mut Handle, path: *const c_char) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         // SAFETY: the caller's.
         let path = unsafe { string(path) }?;
         let text = std::fs::read_to_string(path)
             .map_err(|e| error::refuse(E::FileNotFound, format!("{path}: {e}")))?;
-        let handle = s.load(&text)?;
+        let handle = s.load(context, &text)?;
         // SAFETY: the caller's.
         unsafe { put(module, handle) }
     })
@@ -139,8 +163,10 @@ pub unsafe extern "C" fn cuModuleLoad(module: *mut Handle, path: *const c_char) 
 /// Unloads a module and its variables.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuModuleUnload(module: Handle) -> CUresult {
-    with(|s| {
-        let gone = s.modules.remove(&module).ok_or(E::InvalidHandle)?;
+    within(|s, context| {
+        s.unsafe_call("unloading a module")?;
+        s.module(context, module)?;
+        let (_, gone) = s.modules.remove(&module).ok_or(E::InvalidHandle)?;
         s.functions.retain(|_, f| f.module != module);
         s.device.unload(&gone);
         Ok(())
@@ -155,10 +181,10 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     module: Handle,
     name: *const c_char,
 ) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         // SAFETY: the caller's.
         let name = unsafe { string(name) }?;
-        let kernel = s.modules.get(&module).ok_or(E::InvalidHandle)?.kernel(name);
+        let kernel = s.module(context, module)?.kernel(name);
         let kernel = kernel.ok_or(E::NotFound)?.clone();
         let handle = s.handle();
         let max_dynamic_shared = (48u32 << 10).saturating_sub(kernel.shared);
@@ -184,10 +210,10 @@ pub unsafe extern "C" fn cuModuleGetGlobal_v2(
     module: Handle,
     name: *const c_char,
 ) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         // SAFETY: the caller's.
         let name = unsafe { string(name) }?;
-        let module = s.modules.get(&module).ok_or(E::InvalidHandle)?;
+        let module = s.module(context, module)?;
         let (at, size) = module.global(name).ok_or(E::NotFound)?;
         // SAFETY: the caller's.
         unsafe {
@@ -206,9 +232,9 @@ pub unsafe extern "C" fn cuFuncGetAttribute(
     attribute: c_int,
     function: Handle,
 ) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         let capability = s.device.config.capability;
-        let f = s.functions.get(&function).ok_or(E::InvalidHandle)?;
+        let f = s.function(context, function)?;
         let v = match attribute {
             0 => f.kernel.max_threads.min(1024),
             1 => f.kernel.shared,
@@ -229,9 +255,9 @@ pub unsafe extern "C" fn cuFuncGetAttribute(
 /// Sets how much dynamic shared memory launches may ask for; other attributes are preferences.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: c_int) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         let most = shared_limit(s.device.config.capability);
-        let f = s.functions.get_mut(&function).ok_or(E::InvalidHandle)?;
+        let f = s.function(context, function)?;
         match attribute {
             8 => {
                 let wanted = u32::try_from(value).map_err(|_| E::InvalidValue)?;
@@ -251,14 +277,14 @@ pub extern "C" fn cuFuncSetAttribute(function: Handle, attribute: c_int, value: 
 
 /// Cache preferences change nothing here.
 #[unsafe(no_mangle)]
-pub extern "C" fn cuFuncSetCacheConfig(_function: Handle, _config: c_uint) -> CUresult {
-    0
+pub extern "C" fn cuFuncSetCacheConfig(function: Handle, _config: c_uint) -> CUresult {
+    within(|s, context| s.function(context, function).map(|_| ()))
 }
 
 /// Bank widths change nothing here.
 #[unsafe(no_mangle)]
-pub extern "C" fn cuFuncSetSharedMemConfig(_function: Handle, _config: c_uint) -> CUresult {
-    0
+pub extern "C" fn cuFuncSetSharedMemConfig(function: Handle, _config: c_uint) -> CUresult {
+    within(|s, context| s.function(context, function).map(|_| ()))
 }
 
 /// # Safety
@@ -277,8 +303,9 @@ pub unsafe extern "C" fn cuLaunchKernel(
     params: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         s.launch(
+            context,
             function,
             [gx, gy, gz],
             [bx, by, bz],
@@ -335,7 +362,7 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
     params: *mut *mut c_void,
     extra: *mut *mut c_void,
 ) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         // SAFETY: the caller's.
         let Some(c) = (unsafe { config.as_ref() }) else {
             return Err(E::InvalidValue);
@@ -346,7 +373,9 @@ pub unsafe extern "C" fn cuLaunchKernelEx(
                 "launch attributes are not implemented",
             ));
         }
-        s.launch(function, c.grid, c.block, c.shared, c.stream, params, extra)
+        s.launch(
+            context, function, c.grid, c.block, c.shared, c.stream, params, extra,
+        )
     })
 }
 
@@ -372,13 +401,14 @@ pub unsafe extern "C" fn cuOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     shared: usize,
     _flags: c_uint,
 ) -> CUresult {
-    with(|s| {
-        let f = s.functions.get(&function).ok_or(E::InvalidHandle)?;
+    within(|s, context| {
+        let capability = s.device.config.capability;
+        let f = s.function(context, function)?;
         let threads = u32::try_from(threads).map_err(|_| E::InvalidValue)?;
         if threads == 0 {
             return Err(E::InvalidValue);
         }
-        let n = resident(&f.kernel, s.device.config.capability, threads, shared);
+        let n = resident(&f.kernel, capability, threads, shared);
         // SAFETY: the caller's.
         unsafe { put(blocks, n as c_int) }
     })
@@ -408,9 +438,9 @@ pub unsafe extern "C" fn cuOccupancyAvailableDynamicSMemPerBlock(
     blocks: c_int,
     threads: c_int,
 ) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         let capability = s.device.config.capability;
-        let kernel = &s.functions.get(&function).ok_or(E::InvalidHandle)?.kernel;
+        let kernel = &s.function(context, function)?.kernel;
         let count = |n| {
             u32::try_from(n)
                 .ok()
@@ -443,8 +473,8 @@ pub unsafe extern "C" fn cuOccupancyMaxPotentialBlockSizeWithFlags(
     _flags: c_uint,
 ) -> CUresult {
     let mut found = None;
-    let code = with(|s| {
-        let kernel = &s.functions.get(&function).ok_or(E::InvalidHandle)?.kernel;
+    let code = within(|s, context| {
+        let kernel = &s.function(context, function)?.kernel;
         found = Some((kernel.clone(), s.device.config.capability));
         Ok(())
     });

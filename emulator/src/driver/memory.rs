@@ -1,23 +1,45 @@
 //! Memory, copies, fills.
 
-use super::{CUdeviceptr, CUresult, E, Handle, Work, error, put, put_if, with};
+use super::{CUdeviceptr, CUresult, E, Handle, State, Work, error, put, put_if, with, within};
 use std::ffi::{c_int, c_uint, c_void};
 
 /// Handle of the pool that every device has.
 pub const DEFAULT_POOL: Handle = 0x10;
 
+impl State {
+    fn allocate(&mut self, context: Handle, bytes: usize) -> Result<CUdeviceptr, E> {
+        let at = self
+            .device
+            .alloc(bytes as u64)
+            .map_err(|e| error::refuse(E::OutOfMemory, e))?;
+        self.allocations.insert(at, context);
+        Ok(at)
+    }
+
+    /// Work of a call that is done when it returns: it is the legacy stream's.
+    fn at_once(&mut self, context: Handle, what: &str, work: Vec<Work>) -> Result<(), E> {
+        self.legacy_use(context)?;
+        self.unsafe_call(what)?;
+        work.iter().try_for_each(|work| self.perform(work, false))
+    }
+
+    fn enqueue(&mut self, stream: Handle, work: Vec<Work>) -> Result<(), E> {
+        let stream = self.use_stream(stream)?;
+        let mut work = work.into_iter();
+        work.try_for_each(|work| self.submit(stream, work))
+    }
+}
+
 /// # Safety
 /// As in CUDA: `address` is valid for writing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemAlloc_v2(address: *mut CUdeviceptr, bytes: usize) -> CUresult {
-    with(|s| {
+    within(|s, context| {
+        s.unsafe_call("cuMemAlloc")?;
         if bytes == 0 {
             return Err(E::InvalidValue);
         }
-        let at = s
-            .device
-            .alloc(bytes as u64)
-            .map_err(|e| error::refuse(E::OutOfMemory, e))?;
+        let at = s.allocate(context, bytes)?;
         // SAFETY: the caller's.
         unsafe { put(address, at) }
     })
@@ -43,20 +65,22 @@ pub unsafe extern "C" fn cuMemAllocPitch_v2(
         return result;
     }
     // SAFETY: the caller's.
-    with(|_| unsafe { put(pitch, padded) })
+    within(|_, _| unsafe { put(pitch, padded) })
 }
 
 /// Frees device memory.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFree_v2(address: CUdeviceptr) -> CUresult {
-    with(|s| {
-        if address == 0 || s.device.free(address) {
+    within(|s, context| {
+        s.unsafe_call("cuMemFree")?;
+        if address == 0 {
             return Ok(());
         }
-        Err(error::refuse(
-            E::InvalidValue,
-            format!("free of {address:#x}, which is not an allocation"),
-        ))
+        if s.allocations.get(&address).is_some_and(|c| *c != context) || s.freed_by_graph(address) {
+            let why = format!("free of {address:#x}, which another context or a graph must free");
+            return Err(error::refuse(E::InvalidValue, why));
+        }
+        s.free(address)
     })
 }
 
@@ -68,17 +92,19 @@ pub unsafe extern "C" fn cuMemAllocAsync(
     bytes: usize,
     stream: Handle,
 ) -> CUresult {
-    let known = with(|s| {
-        s.streams
-            .contains_key(&stream)
-            .then_some(())
-            .ok_or(E::InvalidHandle)
-    });
-    if known != 0 {
-        return known;
-    }
-    // SAFETY: the same contract. Allocations while capturing are made once, at the capture.
-    unsafe { cuMemAlloc_v2(address, bytes) }
+    with(|s| {
+        let stream = s.use_stream(stream)?;
+        if bytes == 0 {
+            return Err(E::InvalidValue);
+        }
+        let context = s.stream(stream)?.context;
+        let at = match s.stream(stream)?.capture {
+            Some(_) => s.reserve(stream, bytes)?,
+            None => s.allocate(context, bytes)?,
+        };
+        // SAFETY: the caller's.
+        unsafe { put(address, at) }
+    })
 }
 
 /// # Safety
@@ -97,14 +123,24 @@ pub unsafe extern "C" fn cuMemAllocFromPoolAsync(
 /// Frees device memory when the stream gets there.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFreeAsync(address: CUdeviceptr, stream: Handle) -> CUresult {
-    with(|s| s.submit(stream, Work::Free(address)))
+    with(|s| {
+        let stream = s.use_stream(stream)?;
+        if s.stream(stream)?.capture.is_some() {
+            return s.capture_free(stream, address);
+        }
+        if s.freed_by_graph(address) {
+            let why = format!("free of {address:#x}, which its graph frees");
+            return Err(error::refuse(E::InvalidValue, why));
+        }
+        s.submit(stream, Work::Free(address))
+    })
 }
 
 /// # Safety
 /// As in CUDA: both are valid for writing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> CUresult {
-    with(|s| {
+    within(|s, _| {
         let all = s.device.config.memory;
         // SAFETY: the caller's.
         unsafe {
@@ -122,7 +158,7 @@ pub unsafe extern "C" fn cuMemGetAddressRange_v2(
     size: *mut usize,
     address: CUdeviceptr,
 ) -> CUresult {
-    with(|s| {
+    within(|s, _| {
         let (start, bytes) = s.device.memory().range_of(address).ok_or(E::NotFound)?;
         // SAFETY: the caller's.
         unsafe {
@@ -141,7 +177,8 @@ pub unsafe extern "C" fn cuMemHostAlloc(
     bytes: usize,
     _flags: c_uint,
 ) -> CUresult {
-    with(|s| {
+    within(|s, _| {
+        s.unsafe_call("cuMemHostAlloc")?;
         let mut memory = vec![0u128; bytes.div_ceil(16).max(1)].into_boxed_slice();
         let at = memory.as_mut_ptr().cast::<u8>();
         s.host.insert(at as usize, memory);
@@ -163,7 +200,8 @@ pub unsafe extern "C" fn cuMemAllocHost_v2(pointer: *mut *mut c_void, bytes: usi
 /// Frees host memory that the driver made.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemFreeHost(pointer: *mut c_void) -> CUresult {
-    with(|s| {
+    within(|s, _| {
+        s.unsafe_call("cuMemFreeHost")?;
         s.device.memory_mut().unregister_host(pointer.cast());
         s.host
             .remove(&(pointer as usize))
@@ -181,7 +219,7 @@ pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(
     _flags: c_uint,
 ) -> CUresult {
     // SAFETY: the caller's.
-    with(|_| unsafe { put(address, pointer as u64) })
+    within(|_, _| unsafe { put(address, pointer as u64) })
 }
 
 /// # Safety
@@ -189,7 +227,7 @@ pub unsafe extern "C" fn cuMemHostGetDevicePointer_v2(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemHostGetFlags(flags: *mut c_uint, _pointer: *mut c_void) -> CUresult {
     // SAFETY: the caller's.
-    with(|_| unsafe { put(flags, 2) })
+    within(|_, _| unsafe { put(flags, 2) })
 }
 
 /// # Safety
@@ -200,7 +238,8 @@ pub unsafe extern "C" fn cuMemHostRegister_v2(
     bytes: usize,
     _flags: c_uint,
 ) -> CUresult {
-    with(|s| {
+    within(|s, _| {
+        s.unsafe_call("cuMemHostRegister")?;
         // SAFETY: the caller's.
         unsafe { s.device.memory_mut().register_host(pointer.cast(), bytes) };
         Ok(())
@@ -210,7 +249,8 @@ pub unsafe extern "C" fn cuMemHostRegister_v2(
 /// Ends [`cuMemHostRegister_v2`].
 #[unsafe(no_mangle)]
 pub extern "C" fn cuMemHostUnregister(pointer: *mut c_void) -> CUresult {
-    with(|s| {
+    within(|s, _| {
+        s.unsafe_call("cuMemHostUnregister")?;
         s.device
             .memory_mut()
             .unregister_host(pointer.cast())
@@ -228,7 +268,8 @@ macro_rules! copies {
         /// As in CUDA: host pointers are valid for `bytes`.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name(to: $to, from: $from, bytes: usize) -> CUresult {
-            with(|s| s.submit(0, Work::Copy { to: to as u64, from: from as u64, len: bytes }))
+            let work = Work::Copy { to: to as u64, from: from as u64, len: bytes };
+            within(|s, context| s.at_once(context, "a synchronous copy", vec![work]))
         }
 
         /// Copies `bytes` when the stream gets there.
@@ -237,7 +278,8 @@ macro_rules! copies {
         /// As in CUDA: host pointers are valid for `bytes` until then.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $async(to: $to, from: $from, bytes: usize, stream: Handle) -> CUresult {
-            with(|s| s.submit(stream, Work::Copy { to: to as u64, from: from as u64, len: bytes }))
+            let work = Work::Copy { to: to as u64, from: from as u64, len: bytes };
+            within(|s, _| s.enqueue(stream, vec![work]))
         }
     )*};
 }
@@ -271,47 +313,45 @@ pub struct Copy2d {
     pub height: usize,
 }
 
+/// The copies of the rows.
+///
+/// # Safety
+/// `copy` is null or valid.
+unsafe fn rows(copy: *const Copy2d) -> Result<Vec<Work>, E> {
+    // SAFETY: the caller's.
+    let c = unsafe { copy.as_ref() }.ok_or(E::InvalidValue)?;
+    let side = |kind, host: u64, device: u64| match kind {
+        1 => Ok(host),
+        2 | 4 => Ok(device),
+        _ => Err(error::refuse(
+            E::NotSupported,
+            "copies of arrays are not implemented",
+        )),
+    };
+    let from = side(c.src_type, c.src_host as u64, c.src_device)?;
+    let to = side(c.dst_type, c.dst_host as u64, c.dst_device)?;
+    let row = |row| Work::Copy {
+        from: from + ((c.src_y + row) * c.src_pitch + c.src_x) as u64,
+        to: to + ((c.dst_y + row) * c.dst_pitch + c.dst_x) as u64,
+        len: c.width,
+    };
+    Ok((0..c.height).map(row).collect())
+}
+
 /// # Safety
 /// As in CUDA: `copy` and the host memory it names are valid.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpy2DAsync_v2(copy: *const Copy2d, stream: Handle) -> CUresult {
-    with(|s| {
-        // SAFETY: the caller's.
-        let Some(c) = (unsafe { copy.as_ref() }) else {
-            return Err(E::InvalidValue);
-        };
-        let side = |kind, host: u64, device: u64| match kind {
-            1 => Ok(host),
-            2 | 4 => Ok(device),
-            _ => Err(error::refuse(
-                E::NotSupported,
-                "copies of arrays are not implemented",
-            )),
-        };
-        let from = side(c.src_type, c.src_host as u64, c.src_device)?;
-        let to = side(c.dst_type, c.dst_host as u64, c.dst_device)?;
-        for row in 0..c.height {
-            let from = from + ((c.src_y + row) * c.src_pitch + c.src_x) as u64;
-            let to = to + ((c.dst_y + row) * c.dst_pitch + c.dst_x) as u64;
-            s.submit(
-                stream,
-                Work::Copy {
-                    to,
-                    from,
-                    len: c.width,
-                },
-            )?;
-        }
-        Ok(())
-    })
+    // SAFETY: the caller's.
+    within(|s, _| s.enqueue(stream, unsafe { rows(copy) }?))
 }
 
 /// # Safety
 /// As [`cuMemcpy2DAsync_v2`].
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpy2D_v2(copy: *const Copy2d) -> CUresult {
-    // SAFETY: the same contract.
-    unsafe { cuMemcpy2DAsync_v2(copy, 0) }
+    // SAFETY: the caller's.
+    within(|s, context| s.at_once(context, "a synchronous copy", unsafe { rows(copy) }?))
 }
 
 /// # Safety
@@ -319,7 +359,17 @@ pub unsafe extern "C" fn cuMemcpy2D_v2(copy: *const Copy2d) -> CUresult {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuMemcpy2DUnaligned_v2(copy: *const Copy2d) -> CUresult {
     // SAFETY: the same contract.
-    unsafe { cuMemcpy2DAsync_v2(copy, 0) }
+    unsafe { cuMemcpy2D_v2(copy) }
+}
+
+/// The fills of `height` rows of `width` elements.
+fn filled(to: u64, pitch: usize, pattern: &[u8], width: usize, height: usize) -> Vec<Work> {
+    let row = |row| Work::Fill {
+        to: to + (row * pitch) as u64,
+        pattern: pattern.to_vec(),
+        count: width,
+    };
+    (0..height).map(row).collect()
 }
 
 /// Fills, linear and by rows.
@@ -328,16 +378,14 @@ macro_rules! fills {
         /// Fills `count` elements.
         #[unsafe(no_mangle)]
         pub extern "C" fn $name(to: CUdeviceptr, value: $value, count: usize) -> CUresult {
-            $async(to, value, count, 0)
+            let work = filled(to, 0, &value.to_le_bytes(), count, 1);
+            within(|s, context| s.at_once(context, "a synchronous fill", work))
         }
 
         /// Fills `count` elements when the stream gets there.
         #[unsafe(no_mangle)]
         pub extern "C" fn $async(to: CUdeviceptr, value: $value, count: usize, stream: Handle) -> CUresult {
-            with(|s| {
-                let pattern = value.to_le_bytes().to_vec();
-                s.submit(stream, Work::Fill { to, pattern, count })
-            })
+            within(|s, _| s.enqueue(stream, filled(to, 0, &value.to_le_bytes(), count, 1)))
         }
 
         /// Fills `height` rows of `width` elements.
@@ -349,7 +397,8 @@ macro_rules! fills {
             width: usize,
             height: usize,
         ) -> CUresult {
-            $rows_async(to, pitch, value, width, height, 0)
+            let work = filled(to, pitch, &value.to_le_bytes(), width, height);
+            within(|s, context| s.at_once(context, "a synchronous fill", work))
         }
 
         /// Fills `height` rows of `width` elements when the stream gets there.
@@ -362,14 +411,7 @@ macro_rules! fills {
             height: usize,
             stream: Handle,
         ) -> CUresult {
-            with(|s| {
-                for row in 0..height {
-                    let pattern = value.to_le_bytes().to_vec();
-                    let to = to + (row * pitch) as u64;
-                    s.submit(stream, Work::Fill { to, pattern, count: width })?;
-                }
-                Ok(())
-            })
+            within(|s, _| s.enqueue(stream, filled(to, pitch, &value.to_le_bytes(), width, height)))
         }
     )*};
 }
@@ -433,7 +475,7 @@ pub unsafe extern "C" fn cuPointerGetAttribute(
     attribute: c_int,
     address: CUdeviceptr,
 ) -> CUresult {
-    with(|s| {
+    within(|s, _| {
         let (start, size) = s.device.memory().range_of(address).ok_or(E::InvalidValue)?;
         let device = s.on_device(address);
         // SAFETY: the caller's; CUDA fixes the type of each attribute.

@@ -2,13 +2,16 @@
 //!
 //! Work runs in the calling thread, at once and in order, so that streams and events need no
 //! machinery of their own; errors of kernels still surface only in later calls, and stay. Handles
-//! are numbers that are looked up, never pointers that are followed.
+//! are numbers that are looked up, never pointers that are followed. They belong to the context
+//! that was current where they were made; what CUDA does in the current context fails without one.
 
 mod absent;
 mod attributes;
+mod capture;
 mod context;
 mod error;
 mod execution;
+mod graph;
 mod memory;
 mod stream;
 mod symbols;
@@ -18,9 +21,10 @@ use crate::device::{Device, Module};
 use crate::machine::code::Kernel;
 use crate::report::{Kind, LaunchReport};
 use serde::{Deserialize, Serialize};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, CString, c_char, c_void};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard};
+use std::thread::ThreadId;
 use std::time::Instant;
 
 pub use error::Error;
@@ -58,18 +62,39 @@ enum Work {
         function: unsafe extern "C" fn(*mut c_void),
         data: usize,
     },
+    /// Of memory of a graph.
+    Alloc(u64),
     Free(u64),
+    Record(Handle),
 }
 
 struct Stream {
+    context: Handle,
     flags: u32,
     priority: i32,
-    capture: Option<Vec<Work>>,
+    /// The context's default stream that waits for all blocking ones.
+    legacy: bool,
+    capture: Option<Handle>,
+}
+
+impl Stream {
+    fn non_blocking(&self) -> bool {
+        self.flags & 1 != 0
+    }
 }
 
 struct Event {
+    context: Handle,
     recorded: Option<Instant>,
+    /// What it was recorded in last, if that was a capture.
+    captured: Option<capture::Captured>,
     timing: bool,
+}
+
+/// A context and its default streams.
+struct Context {
+    legacy: Handle,
+    per_thread: HashMap<ThreadId, Handle>,
 }
 
 struct Function {
@@ -84,13 +109,18 @@ struct State {
     next: Handle,
     primary: Option<Handle>,
     primary_uses: u32,
-    contexts: Vec<Handle>,
-    modules: HashMap<Handle, Module>,
+    contexts: HashMap<Handle, Context>,
+    /// With their contexts.
+    modules: HashMap<Handle, (Handle, Module)>,
     functions: HashMap<Handle, Function>,
     streams: HashMap<Handle, Stream>,
     events: HashMap<Handle, Event>,
-    graphs: HashMap<Handle, Vec<Work>>,
-    executables: HashMap<Handle, Vec<Work>>,
+    captures: HashMap<Handle, capture::Capture>,
+    graphs: HashMap<Handle, graph::Graph>,
+    executables: HashMap<Handle, graph::Executable>,
+    graph_memory: BTreeMap<u64, graph::GraphMemory>,
+    /// The context of each allocation.
+    allocations: BTreeMap<u64, Handle>,
     pools: Vec<Handle>,
     /// Host memory made by the driver.
     host: HashMap<usize, Box<[u128]>>,
@@ -100,8 +130,9 @@ struct State {
     leaks: Vec<(u64, u64)>,
 }
 
-/// Default streams: legacy and per-thread.
-const DEFAULT_STREAMS: [Handle; 3] = [0, 1, 2];
+/// The names of the current context's default streams.
+const LEGACY: [Handle; 2] = [0, 1];
+const PER_THREAD: Handle = 2;
 
 impl State {
     fn new() -> State {
@@ -112,30 +143,22 @@ impl State {
             }),
             Err(_) => Config::default(),
         };
-        let mut streams = HashMap::new();
-        for s in DEFAULT_STREAMS {
-            streams.insert(
-                s,
-                Stream {
-                    flags: 0,
-                    priority: 0,
-                    capture: None,
-                },
-            );
-        }
         State {
             device: Device::new(config),
             initialised: false,
             next: 0x1000,
             primary: None,
             primary_uses: 0,
-            contexts: Vec::new(),
+            contexts: HashMap::new(),
             modules: HashMap::new(),
             functions: HashMap::new(),
-            streams,
+            streams: HashMap::new(),
             events: HashMap::new(),
+            captures: HashMap::new(),
             graphs: HashMap::new(),
             executables: HashMap::new(),
+            graph_memory: BTreeMap::new(),
+            allocations: BTreeMap::new(),
             pools: Vec::new(),
             host: HashMap::new(),
             failed: None,
@@ -151,22 +174,73 @@ impl State {
 
     /// Whether an address is device memory (or host memory that kernels can reach).
     fn on_device(&self, address: u64) -> bool {
-        address >= crate::machine::memory::DEVICE_BASE
+        address >= crate::machine::memory::DEVICE_BASE || self.graph_memory_at(address).is_some()
+    }
+
+    /// The context that is current on this thread.
+    fn current(&self) -> Result<Handle, E> {
+        match CURRENT.with_borrow(|c| c.last().copied()) {
+            Some(context) if self.contexts.contains_key(&context) => Ok(context),
+            Some(_) => Err(error::refuse(
+                E::ContextIsDestroyed,
+                "the context that is current on this thread was destroyed",
+            )),
+            None => Err(error::refuse(
+                E::InvalidContext,
+                "no context is current on this thread",
+            )),
+        }
+    }
+
+    /// A stream by the name that the program has for it.
+    fn resolve(&mut self, name: Handle) -> Result<Handle, E> {
+        if LEGACY.contains(&name) {
+            let context = self.current()?;
+            return Ok(self.contexts[&context].legacy);
+        }
+        if name != PER_THREAD {
+            return Ok(name);
+        }
+        let (context, thread) = (self.current()?, std::thread::current().id());
+        if let Some(stream) = self.contexts[&context].per_thread.get(&thread) {
+            return Ok(*stream);
+        }
+        let stream = self.add_stream(context, 0, 0, false);
+        if let Some(context) = self.contexts.get_mut(&context) {
+            context.per_thread.insert(thread, stream);
+        }
+        Ok(stream)
+    }
+
+    fn stream(&mut self, stream: Handle) -> Result<&mut Stream, E> {
+        self.streams.get_mut(&stream).ok_or(E::InvalidHandle)
+    }
+
+    /// As [`State::resolve`], for work: no capture must be in the way.
+    fn use_stream(&mut self, name: Handle) -> Result<Handle, E> {
+        let stream = self.resolve(name)?;
+        let Stream {
+            context, legacy, ..
+        } = *self.stream(stream)?;
+        if legacy {
+            self.legacy_use(context)?;
+        }
+        Ok(stream)
     }
 
     /// Does work now, or records it if the stream is being captured.
     fn submit(&mut self, stream: Handle, work: Work) -> Result<(), E> {
-        let stream = self.streams.get_mut(&stream).ok_or(E::InvalidHandle)?;
-        match &mut stream.capture {
-            Some(list) => {
-                list.push(work);
+        match self.capture_of(stream)? {
+            Some(capture) => {
+                capture.work.push(work);
                 Ok(())
             }
-            None => self.perform(&work),
+            None => self.perform(&work, false),
         }
     }
 
-    fn perform(&mut self, work: &Work) -> Result<(), E> {
+    /// Does work, as part of the launch of a graph or not.
+    fn perform(&mut self, work: &Work, graph: bool) -> Result<(), E> {
         match work {
             Work::Launch {
                 kernel,
@@ -175,10 +249,11 @@ impl State {
                 shared,
                 params,
             } => {
-                let report = self
+                let mut report = self
                     .device
                     .launch_raw(kernel, *grid, *block, *shared, params)
                     .map_err(|e| error::refuse(E::InvalidValue, e))?;
+                report.graph = graph;
                 for finding in &report.findings {
                     eprintln!("cuda-emulator: {finding}");
                 }
@@ -206,14 +281,29 @@ impl State {
                 unsafe { function(*data as *mut c_void) };
                 Ok(())
             }
-            Work::Free(address) => {
-                if self.device.free(*address) {
-                    Ok(())
-                } else {
-                    Err(E::InvalidValue)
+            Work::Alloc(address) => self.allocate_in_graph(*address),
+            Work::Free(address) => self.free(*address),
+            Work::Record(event) => {
+                if let Some(event) = self.events.get_mut(event) {
+                    event.recorded = Some(Instant::now());
                 }
+                Ok(())
             }
         }
+    }
+
+    /// Frees memory of the device or of a graph.
+    fn free(&mut self, address: u64) -> Result<(), E> {
+        if let Some(done) = self.free_in_graph(address) {
+            self.sweep_graph_memory();
+            return done;
+        }
+        if self.device.free(address) {
+            self.allocations.remove(&address);
+            return Ok(());
+        }
+        let why = format!("free of {address:#x}, which is not an allocation");
+        Err(error::refuse(E::InvalidValue, why))
     }
 
     fn copy(&mut self, to: u64, from: u64, len: usize) -> Result<(), E> {
@@ -280,6 +370,14 @@ fn with(body: impl FnOnce(&mut State) -> Result<(), E>) -> CUresult {
             return Err(error);
         }
         body(&mut state)
+    })
+}
+
+/// Runs an entry point that works in the current context.
+fn within(body: impl FnOnce(&mut State, Handle) -> Result<(), E>) -> CUresult {
+    with(|s| {
+        let context = s.current()?;
+        body(s, context)
     })
 }
 

@@ -1,8 +1,33 @@
-//! Streams, events, capture, graphs.
+//! Streams and events.
 
-use super::{CUresult, E, Event, Handle, State, Stream, Work, error, put, with};
+use super::{CUresult, E, Event, Handle, State, Stream, Work, error, put, with, within};
+
 use std::ffi::{c_int, c_uint, c_void};
 use std::time::Instant;
+
+/// CUDA's flag of records and waits: in a capture they are nodes of the graph.
+const EXTERNAL: c_uint = 1;
+
+impl State {
+    pub fn add_stream(
+        &mut self,
+        context: Handle,
+        flags: c_uint,
+        priority: c_int,
+        legacy: bool,
+    ) -> Handle {
+        let handle = self.handle();
+        let stream = Stream {
+            context,
+            flags,
+            priority,
+            legacy,
+            capture: None,
+        };
+        self.streams.insert(handle, stream);
+        handle
+    }
+}
 
 /// # Safety
 /// As in CUDA: `stream` is valid for writing.
@@ -12,16 +37,8 @@ pub unsafe extern "C" fn cuStreamCreateWithPriority(
     flags: c_uint,
     priority: c_int,
 ) -> CUresult {
-    with(|s| {
-        let handle = s.handle();
-        s.streams.insert(
-            handle,
-            Stream {
-                flags,
-                priority,
-                capture: None,
-            },
-        );
+    within(|s, context| {
+        let handle = s.add_stream(context, flags, priority, false);
         // SAFETY: the caller's.
         unsafe { put(stream, handle) }
     })
@@ -38,21 +55,19 @@ pub unsafe extern "C" fn cuStreamCreate(stream: *mut Handle, flags: c_uint) -> C
 /// Destroys a stream.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuStreamDestroy_v2(stream: Handle) -> CUresult {
-    with(|s| {
-        s.streams
-            .remove(&stream)
-            .map(|_| ())
-            .ok_or(E::InvalidHandle)
+    within(|s, _| {
+        if s.stream(stream)?.capture.is_some() {
+            s.stream_is_idle(stream)?;
+        }
+        s.streams.remove(&stream);
+        Ok(())
     })
 }
 
 fn idle(stream: Handle) -> CUresult {
-    with(|s| match s.streams.get(&stream) {
-        None => Err(E::InvalidHandle),
-        Some(Stream {
-            capture: Some(_), ..
-        }) => Err(E::CaptureUnsupported),
-        Some(_) => Ok(()),
+    within(|s, _| {
+        let stream = s.use_stream(stream)?;
+        s.stream_is_idle(stream)
     })
 }
 
@@ -68,12 +83,17 @@ pub extern "C" fn cuStreamQuery(stream: Handle) -> CUresult {
     idle(stream)
 }
 
-/// Work runs in order of submission, so that the event's has been done already.
+/// Work runs in order of submission, so that only captures have to be told.
 #[unsafe(no_mangle)]
-pub extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uint) -> CUresult {
-    with(|s| {
-        let known = s.streams.contains_key(&stream) && s.events.contains_key(&event);
-        known.then_some(()).ok_or(E::InvalidHandle)
+pub extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, flags: c_uint) -> CUresult {
+    within(|s, _| {
+        let stream = s.use_stream(stream)?;
+        if flags & EXTERNAL == 0 {
+            return s.wait(stream, event);
+        }
+        let known = s.events.contains_key(&event);
+        known.then_some(()).ok_or(E::InvalidHandle)?;
+        s.capture_of(stream)?.map(|_| ()).ok_or(E::InvalidValue)
     })
 }
 
@@ -82,7 +102,10 @@ pub extern "C" fn cuStreamWaitEvent(stream: Handle, event: Handle, _flags: c_uin
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamGetFlags(stream: Handle, flags: *mut c_uint) -> CUresult {
     // SAFETY: the caller's.
-    with(|s| unsafe { put(flags, s.streams.get(&stream).ok_or(E::InvalidHandle)?.flags) })
+    within(|s, _| unsafe {
+        let stream = s.resolve(stream)?;
+        put(flags, s.stream(stream)?.flags)
+    })
 }
 
 /// # Safety
@@ -90,11 +113,9 @@ pub unsafe extern "C" fn cuStreamGetFlags(stream: Handle, flags: *mut c_uint) ->
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuStreamGetPriority(stream: Handle, priority: *mut c_int) -> CUresult {
     // SAFETY: the caller's.
-    with(|s| unsafe {
-        put(
-            priority,
-            s.streams.get(&stream).ok_or(E::InvalidHandle)?.priority,
-        )
+    within(|s, _| unsafe {
+        let stream = s.resolve(stream)?;
+        put(priority, s.stream(stream)?.priority)
     })
 }
 
@@ -106,7 +127,8 @@ pub unsafe extern "C" fn cuLaunchHostFunc(
     function: Option<unsafe extern "C" fn(*mut c_void)>,
     data: *mut c_void,
 ) -> CUresult {
-    with(|s| {
+    within(|s, _| {
+        let stream = s.use_stream(stream)?;
         let function = function.ok_or(E::InvalidValue)?;
         s.submit(
             stream,
@@ -122,12 +144,14 @@ pub unsafe extern "C" fn cuLaunchHostFunc(
 /// As in CUDA: `event` is valid for writing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventCreate(event: *mut Handle, flags: c_uint) -> CUresult {
-    with(|s| {
+    within(|s, context| {
         let handle = s.handle();
         s.events.insert(
             handle,
             Event {
+                context,
                 recorded: None,
+                captured: None,
                 timing: flags & 2 == 0,
             },
         );
@@ -139,56 +163,69 @@ pub unsafe extern "C" fn cuEventCreate(event: *mut Handle, flags: c_uint) -> CUr
 /// Destroys an event.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventDestroy_v2(event: Handle) -> CUresult {
-    with(|s| s.events.remove(&event).map(|_| ()).ok_or(E::InvalidHandle))
+    within(|s, _| s.events.remove(&event).map(|_| ()).ok_or(E::InvalidHandle))
 }
 
-/// Notes the time.
+/// Notes the time, or what a capture has come to.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventRecord(event: Handle, stream: Handle) -> CUresult {
-    with(|s| {
-        if !s.streams.contains_key(&stream) {
-            return Err(E::InvalidHandle);
-        }
-        s.events.get_mut(&event).ok_or(E::InvalidHandle)?.recorded = Some(Instant::now());
-        Ok(())
-    })
+    cuEventRecordWithFlags(event, stream, 0)
 }
 
-/// Notes the time.
+/// As [`cuEventRecord`]; a graph that captures an external record notes the time when it runs.
 #[unsafe(no_mangle)]
-pub extern "C" fn cuEventRecordWithFlags(
-    event: Handle,
-    stream: Handle,
-    _flags: c_uint,
-) -> CUresult {
-    cuEventRecord(event, stream)
+pub extern "C" fn cuEventRecordWithFlags(event: Handle, stream: Handle, flags: c_uint) -> CUresult {
+    within(|s, _| {
+        let stream = s.use_stream(stream)?;
+        let context = s.stream(stream)?.context;
+        let it = s.events.get(&event).ok_or(E::InvalidHandle)?;
+        if it.context != context {
+            let why = "an event is recorded in a stream of another context";
+            return Err(error::refuse(E::InvalidHandle, why));
+        }
+        if flags & EXTERNAL != 0 {
+            let capture = s.capture_of(stream)?.ok_or(E::InvalidValue)?;
+            capture.work.push(Work::Record(event));
+            return Ok(());
+        }
+        let captured = s.captured(stream)?;
+        let it = s.events.get_mut(&event).ok_or(E::InvalidHandle)?;
+        it.recorded = captured.is_none().then(Instant::now);
+        it.captured = captured;
+        Ok(())
+    })
 }
 
 /// Asks whether an event has come: it always has.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventQuery(event: Handle) -> CUresult {
-    with(|s| s.events.get(&event).map(|_| ()).ok_or(E::InvalidHandle))
+    with(|s| s.event_is_idle(event))
 }
 
 /// Waits for an event: gives the error that a kernel left.
 #[unsafe(no_mangle)]
 pub extern "C" fn cuEventSynchronize(event: Handle) -> CUresult {
-    cuEventQuery(event)
+    within(|s, _| s.event_is_idle(event))
 }
 
 /// # Safety
 /// As in CUDA: `ms` is valid for writing.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn cuEventElapsedTime(ms: *mut f32, start: Handle, end: Handle) -> CUresult {
-    with(|s| {
-        let time = |e| -> Result<Instant, E> {
+    within(|s, _| {
+        let mut time = |e| -> Result<(Handle, Instant), E> {
+            s.event_is_idle(e)?;
             let event = s.events.get(&e).ok_or(E::InvalidHandle)?;
             if !event.timing {
                 return Err(E::InvalidHandle);
             }
-            event.recorded.ok_or(E::InvalidHandle)
+            let at = event.recorded.ok_or(E::InvalidHandle)?;
+            Ok((event.context, at))
         };
-        let (a, b) = (time(start)?, time(end)?);
+        let ((of, a), (also_of, b)) = (time(start)?, time(end)?);
+        if of != also_of {
+            return Err(E::InvalidHandle);
+        }
         let forward = b.saturating_duration_since(a).as_secs_f32();
         let back = a.saturating_duration_since(b).as_secs_f32();
         // SAFETY: the caller's.
@@ -206,130 +243,4 @@ pub unsafe extern "C" fn cuEventElapsedTime_v2(
 ) -> CUresult {
     // SAFETY: the same contract.
     unsafe { cuEventElapsedTime(ms, start, end) }
-}
-
-/// Starts recording a stream's work instead of doing it.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuStreamBeginCapture_v2(stream: Handle, _mode: c_uint) -> CUresult {
-    with(|s| {
-        if super::DEFAULT_STREAMS[..2].contains(&stream) {
-            return Err(error::refuse(
-                E::CaptureUnsupported,
-                "the legacy stream cannot be captured",
-            ));
-        }
-        let stream = s.streams.get_mut(&stream).ok_or(E::InvalidHandle)?;
-        if stream.capture.is_some() {
-            return Err(E::IllegalState);
-        }
-        stream.capture = Some(Vec::new());
-        Ok(())
-    })
-}
-
-/// # Safety
-/// As in CUDA: `graph` is valid for writing.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamEndCapture(stream: Handle, graph: *mut Handle) -> CUresult {
-    with(|s| {
-        let stream = s.streams.get_mut(&stream).ok_or(E::InvalidHandle)?;
-        let work = stream.capture.take().ok_or(E::IllegalState)?;
-        let handle = s.handle();
-        s.graphs.insert(handle, work);
-        // SAFETY: the caller's.
-        unsafe { put(graph, handle) }
-    })
-}
-
-/// # Safety
-/// As in CUDA: `status` is valid for writing.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuStreamIsCapturing(stream: Handle, status: *mut c_uint) -> CUresult {
-    with(|s| {
-        let stream = s.streams.get(&stream).ok_or(E::InvalidHandle)?;
-        // SAFETY: the caller's.
-        unsafe { put(status, stream.capture.is_some() as c_uint) }
-    })
-}
-
-/// Capture modes change nothing here.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuThreadExchangeStreamCaptureMode(_mode: *mut c_uint) -> CUresult {
-    0
-}
-
-/// # Safety
-/// As in CUDA: `graph` is valid for writing.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphCreate(graph: *mut Handle, _flags: c_uint) -> CUresult {
-    with(|s| {
-        let handle = s.handle();
-        s.graphs.insert(handle, Vec::new());
-        // SAFETY: the caller's.
-        unsafe { put(graph, handle) }
-    })
-}
-
-/// # Safety
-/// As in CUDA: `executable` is valid for writing.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn cuGraphInstantiateWithFlags(
-    executable: *mut Handle,
-    graph: Handle,
-    _flags: u64,
-) -> CUresult {
-    with(|s| {
-        let work = s.graphs.get(&graph).ok_or(E::InvalidHandle)?.clone();
-        let handle = s.handle();
-        s.executables.insert(handle, work);
-        // SAFETY: the caller's.
-        unsafe { put(executable, handle) }
-    })
-}
-
-/// Nothing needs to be prepared.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuGraphUpload(executable: Handle, _stream: Handle) -> CUresult {
-    with(|s| {
-        s.executables
-            .get(&executable)
-            .map(|_| ())
-            .ok_or(E::InvalidHandle)
-    })
-}
-
-/// Does all of a graph's work.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuGraphLaunch(executable: Handle, stream: Handle) -> CUresult {
-    with(|s: &mut State| {
-        let work = s
-            .executables
-            .get(&executable)
-            .ok_or(E::InvalidHandle)?
-            .clone();
-        for item in work {
-            s.submit(stream, item)?;
-            if s.failed.is_some() {
-                break;
-            }
-        }
-        Ok(())
-    })
-}
-
-/// Destroys a graph.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuGraphDestroy(graph: Handle) -> CUresult {
-    with(|s| s.graphs.remove(&graph).map(|_| ()).ok_or(E::InvalidHandle))
-}
-
-/// Destroys an instantiated graph.
-#[unsafe(no_mangle)]
-pub extern "C" fn cuGraphExecDestroy(executable: Handle) -> CUresult {
-    with(|s| {
-        s.executables
-            .remove(&executable)
-            .map(|_| ())
-            .ok_or(E::InvalidHandle)
-    })
 }

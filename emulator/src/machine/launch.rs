@@ -239,6 +239,7 @@ impl<'l> Launch<'l> {
             grid: self.grid,
             block: self.block,
             shared: self.shared,
+            graph: false,
             findings,
             counters,
             seconds: self.started.elapsed().as_secs_f64(),

@@ -430,30 +430,48 @@ impl GlobalShadow {
     ) -> Option<(u32, bool)> {
         let mut found = None;
         for cell in &self.cells[offset / 4..(offset + size).div_ceil(4)] {
-            let old = cell.load(Ordering::Relaxed);
-            let (writer, reader) = (old as u32, (old >> 32) as u32);
-            if writer != 0 && writer != block + 1 && !knows(writer - 1) {
-                found = Some((writer - 1, true));
-            }
-            let new = if writes {
-                if reader != 0 && reader != block + 1 && !knows(reader.wrapping_sub(1)) {
-                    found = Some((reader - 1, false));
+            // Blocks on other host threads record here too: what is decided holds for the record
+            // that it replaces, or is decided again.
+            let mut old = cell.load(Ordering::Relaxed);
+            found = loop {
+                let (new, race) = record(old, block, writes, &knows);
+                if new == old {
+                    break race.or(found);
                 }
-                (block + 1) as u64
-            } else {
-                let reader = match reader {
-                    0 => block + 1,
-                    r if r == block + 1 => r,
-                    // An ordered earlier reader gives way to this one.
-                    r if r != SEVERAL && knows(r - 1) => block + 1,
-                    _ => SEVERAL,
-                };
-                writer as u64 | (reader as u64) << 32
+                match cell.compare_exchange_weak(old, new, Ordering::Relaxed, Ordering::Relaxed) {
+                    Ok(_) => break race.or(found),
+                    Err(now) => old = now,
+                }
             };
-            if new != old {
-                cell.store(new, Ordering::Relaxed);
-            }
         }
         found
     }
+}
+
+/// A cell after an access, and the access that this one races with.
+fn record(
+    old: u64,
+    block: u32,
+    writes: bool,
+    knows: impl Fn(u32) -> bool,
+) -> (u64, Option<(u32, bool)>) {
+    let (writer, reader) = (old as u32, (old >> 32) as u32);
+    let mut race = None;
+    if writer != 0 && writer != block + 1 && !knows(writer - 1) {
+        race = Some((writer - 1, true));
+    }
+    if writes {
+        if reader != 0 && reader != block + 1 && !knows(reader - 1) {
+            race = Some((reader - 1, false));
+        }
+        return ((block + 1) as u64, race);
+    }
+    let reader = match reader {
+        0 => block + 1,
+        r if r == block + 1 => r,
+        // An ordered earlier reader gives way to this one.
+        r if r != SEVERAL && knows(r - 1) => block + 1,
+        _ => SEVERAL,
+    };
+    (writer as u64 | (reader as u64) << 32, race)
 }

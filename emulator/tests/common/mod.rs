@@ -1,7 +1,8 @@
 //! What the tests share.
 #![allow(dead_code)] // each test uses a part
 
-use cuda_emulator::{Config, Device};
+use cuda_emulator::{Config, Device, install};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Kernels compiled by `tests/kernels/build.sh`.
 pub const BASIC: &str = include_str!("../kernels/basic.ptx");
@@ -59,4 +60,15 @@ pub fn random(seed: u64) -> impl FnMut() -> f64 {
         state ^= state << 17;
         (state >> 11) as f64 / (1u64 << 53) as f64
     }
+}
+
+/// The driver is one for the process: its tests take turns.
+pub fn turn() -> MutexGuard<'static, ()> {
+    static TURN: Mutex<()> = Mutex::new(());
+    let guard = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let emulator = install().unwrap();
+    emulator.recover().unwrap();
+    emulator.configure(&Config::default()).unwrap();
+    emulator.reports().unwrap();
+    guard
 }
