@@ -238,50 +238,34 @@ fn a_captured_stream_cannot_be_waited_for() {
     let _turn = turn();
     let _fresh = Fresh::new();
     let (on, noted) = (stream(NON_BLOCKING), event());
-    let calls: [(&str, &dyn Fn() -> CUresult, CUresult); 7] = [
-        // SAFETY: handles are looked up, not followed, here and below.
-        (
-            "cuStreamSynchronize",
-            &|| unsafe { cuStreamSynchronize(on) },
-            CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-        ),
-        // SAFETY: as above.
-        (
-            "cuStreamQuery",
-            &|| unsafe { cuStreamQuery(on) },
-            CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-        ),
-        // SAFETY: as above.
-        (
-            "cuStreamDestroy",
-            &|| unsafe { cuStreamDestroy_v2(on) },
-            CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-        ),
-        // SAFETY: as above.
-        (
-            "cuCtxSynchronize",
-            &|| unsafe { cuCtxSynchronize() },
-            CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-        ),
-        // SAFETY: as above.
-        (
-            "cuEventQuery",
-            &|| unsafe { cuEventQuery(noted) },
-            CUDA_ERROR_CAPTURED_EVENT,
-        ),
-        // SAFETY: as above.
-        (
-            "cuEventSynchronize",
-            &|| unsafe { cuEventSynchronize(noted) },
-            CUDA_ERROR_CAPTURED_EVENT,
-        ),
-        (
-            "cuStreamBeginCapture",
-            // SAFETY: as above.
-            &|| unsafe { cuStreamBeginCapture_v2(on, CU_STREAM_CAPTURE_MODE_RELAXED) },
-            CUDA_ERROR_ILLEGAL_STATE,
-        ),
-    ];
+    let (unsupported, captured) = (
+        CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+        CUDA_ERROR_CAPTURED_EVENT,
+    );
+    // SAFETY: handles are looked up, not followed.
+    let calls: [(&str, &dyn Fn() -> CUresult, CUresult); 7] = unsafe {
+        [
+            (
+                "cuStreamSynchronize",
+                &|| cuStreamSynchronize(on),
+                unsupported,
+            ),
+            ("cuStreamQuery", &|| cuStreamQuery(on), unsupported),
+            ("cuStreamDestroy", &|| cuStreamDestroy_v2(on), unsupported),
+            ("cuCtxSynchronize", &|| cuCtxSynchronize(), unsupported),
+            ("cuEventQuery", &|| cuEventQuery(noted), captured),
+            (
+                "cuEventSynchronize",
+                &|| cuEventSynchronize(noted),
+                captured,
+            ),
+            (
+                "cuStreamBeginCapture",
+                &|| cuStreamBeginCapture_v2(on, CU_STREAM_CAPTURE_MODE_RELAXED),
+                CUDA_ERROR_ILLEGAL_STATE,
+            ),
+        ]
+    };
     for mode in MODES {
         for (name, call, code) in &calls {
             begin(on, mode);
@@ -304,18 +288,16 @@ fn the_legacy_stream_cannot_be_used_beside_a_blocking_one() {
     let _fresh = Fresh::new();
     let (at, noted) = (memory(64), event());
     let legacy = null_mut();
-    let calls: [&dyn Fn() -> CUresult; 5] = [
-        // SAFETY: all pointers are valid, here and below.
-        &|| unsafe { cuMemcpyHtoD_v2(at, (&raw const at).cast(), 8) },
-        // SAFETY: as above.
-        &|| unsafe { cuMemsetD8Async(at, 1, 64, legacy) },
-        // SAFETY: as above.
-        &|| unsafe { cuStreamSynchronize(legacy) },
-        // SAFETY: as above.
-        &|| unsafe { cuEventRecord(noted, legacy) },
-        // SAFETY: as above.
-        &|| unsafe { cuMemAllocAsync(&mut 0, 64, legacy) },
-    ];
+    // SAFETY: all pointers are valid.
+    let calls: [&dyn Fn() -> CUresult; 5] = unsafe {
+        [
+            &|| cuMemcpyHtoD_v2(at, (&raw const at).cast(), 8),
+            &|| cuMemsetD8Async(at, 1, 64, legacy),
+            &|| cuStreamSynchronize(legacy),
+            &|| cuEventRecord(noted, legacy),
+            &|| cuMemAllocAsync(&mut 0, 64, legacy),
+        ]
+    };
     for flags in [BLOCKING, NON_BLOCKING] {
         let on = stream(flags);
         for (i, call) in calls.iter().enumerate() {
