@@ -3,7 +3,6 @@
 
 mod common {
     pub mod cuda;
-    #[allow(dead_code)]
     pub mod workloads;
 }
 #[path = "reference/sampling.rs"]
