@@ -345,6 +345,8 @@ fn streams_join_a_capture_by_events_and_must_come_back() {
         cuMemsetD8Async(at, 2, 1, other).result().unwrap();
         cuEventRecord(join, other).result().unwrap();
         cuStreamWaitEvent(on, join, 0).result().unwrap();
+        // No work, so that nothing is left to join.
+        cuEventRecord(fork, other).result().unwrap();
         let graph = end(on).unwrap();
         assert_eq!(byte(at), Ok(1), "captured work was done at once");
         let it = instantiate(graph, 0).unwrap();

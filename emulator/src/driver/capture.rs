@@ -25,7 +25,7 @@ pub struct Capture {
     mode: c_uint,
     thread: ThreadId,
     invalidated: bool,
-    pub work: Vec<Work>,
+    work: Vec<Work>,
     streams: HashMap<Handle, Seen>,
 }
 
@@ -45,6 +45,10 @@ fn me() -> ThreadId {
 }
 
 impl Capture {
+    pub fn work(&self) -> &[Work] {
+        &self.work
+    }
+
     /// Whether potentially unsafe calls of this thread would disturb it.
     fn forbids_unsafe_calls(&self) -> bool {
         match (self.thread == me(), MODE.get()) {
@@ -52,6 +56,12 @@ impl Capture {
             (true, _) => self.mode != RELAXED,
             (false, mode) => mode == GLOBAL && self.mode == GLOBAL,
         }
+    }
+
+    /// Adds work of a stream.
+    pub fn push(&mut self, stream: Handle, work: Work) {
+        self.work.push(work);
+        self.step(stream);
     }
 
     /// A step of a stream, which what waits for the stream from now on has seen.
@@ -154,7 +164,6 @@ impl State {
         if capture.invalidated {
             return Err(E::CaptureInvalidated);
         }
-        capture.step(stream);
         Ok(Some(capture))
     }
 

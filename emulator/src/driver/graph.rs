@@ -143,9 +143,9 @@ impl State {
 
     /// Drops the memory that no graph can allocate any more and nobody holds.
     pub fn sweep_graph_memory(&mut self) {
-        let captures = self.captures.values().map(|c| &c.work);
-        let graphs = self.graphs.values().map(|g| &g.work);
-        let executables = self.executables.values().map(|e| &e.work);
+        let captures = self.captures.values().map(|c| c.work());
+        let graphs = self.graphs.values().map(|g| &g.work[..]);
+        let executables = self.executables.values().map(|e| &e.work[..]);
         let wanted: HashSet<u64> = captures
             .chain(graphs)
             .chain(executables)

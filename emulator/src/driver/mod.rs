@@ -232,7 +232,7 @@ impl State {
     fn submit(&mut self, stream: Handle, work: Work) -> Result<(), E> {
         match self.capture_of(stream)? {
             Some(capture) => {
-                capture.work.push(work);
+                capture.push(stream, work);
                 Ok(())
             }
             None => self.perform(&work, false),

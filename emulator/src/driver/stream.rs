@@ -185,7 +185,7 @@ pub extern "C" fn cuEventRecordWithFlags(event: Handle, stream: Handle, flags: c
         }
         if flags & EXTERNAL != 0 {
             let capture = s.capture_of(stream)?.ok_or(E::InvalidValue)?;
-            capture.work.push(Work::Record(event));
+            capture.push(stream, Work::Record(event));
             return Ok(());
         }
         let captured = s.captured(stream)?;
