@@ -185,9 +185,11 @@ impl SharedRaces {
         if !ordered || !first && (cell.read_stamp != stamp || cell.mixed) {
             return false;
         }
-        let again = cell.readers == bit && cell.read_lane as u32 == lane;
+        let fresh = first || cell.readers & bit == 0;
+        let again = cell.read_warp as usize == warp && cell.read_lane as u32 == lane;
         cell.readers = if first { bit } else { cell.readers | bit };
-        cell.read_lane = if first || again { lane as u8 } else { MANY };
+        cell.read_warp = warp as u8;
+        cell.read_lane = if fresh || again { lane as u8 } else { MANY };
         cell.read_stamp = stamp;
         cell.read_pc = pc;
         cell.mixed = false;
@@ -262,28 +264,28 @@ impl SharedRaces {
                     stamps[warp] = stamp;
                 }
             } else {
-                let warps = self.warps;
-                let stamps = self.mixed.entry(at as u32).or_insert_with(|| {
-                    (0..warps)
-                        .map(|w| {
-                            if cell.readers >> w & 1 == 1 {
-                                cell.read_stamp
-                            } else {
-                                0
-                            }
-                        })
-                        .collect()
-                });
+                let stamps = self.mixed.entry(at as u32).or_default();
+                if !cell.mixed {
+                    // What an earlier mixture left counts no more.
+                    stamps.clear();
+                    stamps.extend((0..self.warps).map(|w| {
+                        if cell.readers >> w & 1 == 1 {
+                            cell.read_stamp
+                        } else {
+                            0
+                        }
+                    }));
+                }
                 fresh = stamps[warp] != stamp;
                 stamps[warp] = stamp;
                 let next = &mut self.cells[at];
                 next.mixed = true;
                 next.readers |= bit;
             }
-            let alone = cell.read_warp as usize == warp && cell.read_lane as u32 == lane;
+            let again = cell.read_warp as usize == warp && cell.read_lane as u32 == lane;
             let next = &mut self.cells[at];
             next.read_warp = warp as u8;
-            next.read_lane = if fresh || alone { lane as u8 } else { MANY };
+            next.read_lane = if fresh || again { lane as u8 } else { MANY };
             next.read_stamp = stamp;
             next.read_pc = pc;
         }

@@ -213,11 +213,24 @@ fn verdicts(
         verdicts[owners[i]] = Some(outcome.verdict);
         Ok(())
     })?;
+    let trouble = verdicts.iter().filter(|&&v| is_trouble(v)).count();
     ensure!(
-        !verdicts.contains(&Some(Verdict::InfraError)),
-        "the sandbox could not run every program; the evaluation would be wrong: run it again"
+        2 * trouble <= programs.len(),
+        "the sandbox could not run {trouble} of {} programs; `dust-train doctor` says what is wrong",
+        programs.len()
     );
+    if trouble > 0 {
+        eprintln!(
+            "eval: the sandbox could not run {trouble} of {} programs; they and their groups are left out",
+            programs.len()
+        );
+    }
     Ok(verdicts)
+}
+
+/// Trouble of the sandbox is no label.
+fn is_trouble(verdict: Option<Verdict>) -> bool {
+    verdict == Some(Verdict::InfraError)
 }
 
 /// The groups of the candidates, not judged yet.
@@ -229,6 +242,7 @@ fn groups(
     let k = config.group.size;
     let members = candidates.chunks_exact(k).zip(verdicts.chunks_exact(k));
     members
+        .filter(|(_, verdicts)| !verdicts.iter().any(|&v| is_trouble(v)))
         .map(|(members, verdicts)| JudgedGroup {
             problem: members[0].problem.clone(),
             repeat: members[0].sample / k as u32,
@@ -373,7 +387,7 @@ fn summarise(
     let own: Vec<bool> = candidates
         .iter()
         .zip(verdicts)
-        .filter(|(c, _)| c.problem == task.id)
+        .filter(|(c, v)| c.problem == task.id && !is_trouble(**v))
         .map(|(_, v)| *v == Some(Verdict::Passed))
         .collect();
     Problem {
@@ -383,5 +397,32 @@ fn summarise(
         passed: own.iter().filter(|&&p| p).count(),
         judgments: of(false),
         same: of(!is_before),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_sandbox_could_not_run_is_left_out() {
+        let task = crate::tasks::builtin().unwrap().swap_remove(0);
+        let candidates: Vec<Candidate> = (0..4)
+            .map(|sample| {
+                serde_json::from_value(serde_json::json!({"problem": task.id, "sample": sample,
+                    "program": "x", "tokens": 1, "finish": "stop_token", "mean_logprob": 0.0}))
+                .unwrap()
+            })
+            .collect();
+        let mut config = Config::default();
+        config.group.size = 2;
+        let (passed, trouble) = (Some(Verdict::Passed), Some(Verdict::InfraError));
+        let verdicts = [passed, Some(Verdict::WrongAnswer), passed, trouble];
+        let groups = groups(&config, &candidates, &verdicts);
+        assert_eq!(groups.len(), 1);
+        assert!(groups[0].repeat == 0 && groups[0].is_mixed());
+        let problem = summarise(&task, &candidates, &verdicts, &groups, true);
+        assert_eq!((problem.samples, problem.passed), (3, 2));
+        assert_eq!((problem.judgments.len(), problem.same.len()), (1, 1));
     }
 }
