@@ -97,17 +97,21 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 #pragma unroll
     for (int step = 1; step < 8; step *= 2) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
-    Sums quarter[2];
+    // In the order of Sums, without what only the entropy needs.
+    float quarter[2] = {0.f, 0.f};
+    const auto add = [max](float& sum, float z) { sum = __fadd_rn(sum, exp_negative(below(z, max))); };
 #pragma unroll
     for (int j = 0; j < 4; j++) {
-        quarter[0].add_logit(z[j].x, max);
-        quarter[0].add_logit(z[j].y, max);
-        quarter[1].add_logit(z[j].z, max);
-        quarter[1].add_logit(z[j].w, max);
+        add(quarter[0], z[j].x);
+        add(quarter[0], z[j].y);
+        add(quarter[1], z[j].z);
+        add(quarter[1], z[j].w);
     }
-    const Sums sums = (quarter[0] + quarter[1]).with_lane(1).with_lane(2).with_lane(4);
+    float sum = __fadd_rn(quarter[0], quarter[1]);
+#pragma unroll
+    for (int step = 1; step < 8; step *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
     if (lane == 0 && unit < units)
-        states[static_cast<size_t>(blockIdx.x) * units + unit] = make_float2(max, sums.sum);
+        states[static_cast<size_t>(blockIdx.x) * units + unit] = make_float2(max, sum);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
