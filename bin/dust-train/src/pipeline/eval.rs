@@ -133,7 +133,7 @@ pub fn eval<B: Backend + Clone>(
                 .filter(|j| j.permutation == 0 && j.is_mixed())
                 .map(|j| JudgedGroup {
                     same: true,
-                    ..asked(j)
+                    ..j.clone()
                 }),
         );
     }
@@ -269,17 +269,6 @@ fn groups(
             invalid: None,
         })
         .collect()
-}
-
-/// A judgment's group, not judged yet.
-fn asked(judged: &JudgedGroup) -> JudgedGroup {
-    JudgedGroup {
-        text: String::new(),
-        ranking: None,
-        first: None,
-        invalid: None,
-        ..judged.clone()
-    }
 }
 
 impl JudgedGroup {

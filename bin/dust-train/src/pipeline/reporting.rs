@@ -4,7 +4,7 @@ use super::bad_input;
 use super::eval::{AFTER, BEFORE, EvalFile, JudgedGroup};
 use super::train::{METRICS, StepMetrics, worst};
 use super::{CONFIG, Config, MANIFEST, Manifest, Problems, RunFolder};
-use crate::metrics::{Estimate, Row, compare, pairwise_accuracy};
+use crate::metrics::{Estimate, Row, compare, pairwise_accuracy, picked_first};
 use crate::report::{self, Candidate, Example, ReportData, Shown, Step};
 use anyhow::{Result, ensure};
 use std::collections::HashMap;
@@ -134,14 +134,9 @@ fn step(m: &StepMetrics) -> Step {
 
 /// How often each position was picked first, in the groups that the model before training wrote.
 fn histogram(file: &EvalFile, same: bool, size: usize) -> Vec<usize> {
-    let mut counts = vec![0; size];
     let judgments = file.judgments.iter().filter(|j| j.same == same);
-    for first in judgments.filter_map(|j| j.first) {
-        if let Some(count) = counts.get_mut(first) {
-            *count += 1;
-        }
-    }
-    counts
+    let firsts: Vec<usize> = judgments.filter_map(|j| j.first).collect();
+    picked_first(firsts.iter().map(std::slice::from_ref), size)
 }
 
 /// What the steps taught, in words.
