@@ -252,3 +252,15 @@ fn on_policy_ranking_writes_labels_and_ranks_its_own() {
         assert!(line["updates"].as_u64().unwrap() > 0, "{line}");
     }
 }
+
+#[test]
+fn the_iterative_arm_writes_and_ranks_in_turn() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, log) = train(&dir, "iterative", "steps = 4\nalternate = 1");
+    for (line, lesson) in log.iter().zip(["generation", "ranking"].iter().cycle()) {
+        assert_eq!(line["lesson"], **lesson);
+        assert!(line["invalid"].as_f64().unwrap() < 0.5, "{line}");
+        assert!(line["updates"].as_u64().unwrap() > 0, "{line}");
+    }
+    assert!(log[0]["reward_mean"].as_f64().unwrap() > 0.0, "{log:?}");
+}
